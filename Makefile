@@ -1,0 +1,60 @@
+# Two commands do everything on a machine that has Python >= 3.11 and git:
+#   make train    train the embedded policy on the embedded pictures     (make train ARGS="--seed 2 --max-steps 20")
+#   make test     run every page and every fast test
+# Both first create the environment in .venv, once. Nothing outside this folder is touched, but for pip's own cache.
+# Another Python: make PYTHON=python3.12 ...    Without a GPU, on Linux, the far smaller CPU build of torch will do:
+#   make env PIP_EXTRA_INDEX_URL=(the CPU index that pytorch.org names)
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))) python3)
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+RECIPE ?= scenes_cpu
+ARGS   ?=
+# Tests never reach for the network, and do not depend on how many cores there are.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.PHONY: help env train test test-slow export readme clean clean-env
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,7s/^# \{0,1\}//p' Makefile
+	@echo "also: make env | test-slow | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
+
+env: $(READY)
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt
+	@py="$(PYTHON)"; \
+	found=$$("$$py" -c 'import sys; print(".".join(map(str, sys.version_info[:3])), int(sys.version_info >= (3, 11)))' 2>/dev/null) || \
+	  { echo "emo_r3: PYTHON is '$$py', which does not run here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
+	case "$$found" in *" 1") ;; *) \
+	  echo "emo_r3: PYTHON is '$$py', version $${found% *}; allowed: 3.11 or newer. Name another: make PYTHON=/path/to/python3.11" >&2; exit 1;; esac; \
+	echo "creating $(VENV) with Python $${found% *} (once; a minute or a few)"; \
+	"$$py" -m venv $(VENV) || \
+	  { echo "emo_r3: '$$py -m venv' failed (see above); on Debian and Ubuntu the package python3-venv is needed" >&2; exit 1; }
+	@$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,peer]'
+	@touch $@
+
+train: env
+	$(BIN)/emo-r3 train $(RECIPE) $(ARGS)
+
+test: env
+	$(OFFLINE) $(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	$(OFFLINE) $(BIN)/python -m pytest -q
+
+test-slow: env
+	$(OFFLINE) $(BIN)/python -m pytest -q -m slow || test $$? -eq 5
+
+export: env
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+readme: env
+	$(BIN)/python tools/make_readme.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+clean-env:
+	rm -rf $(VENV)
