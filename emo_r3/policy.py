@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED_POLICY', 'policy_path', 'load_policy', 'VLProcessor', 'load_processor', 'encode_messages', 'repeat_prompts',
            'banned_tokens', 'completion_logps', 'reference', 'staged_folder', 'save_policy']
 
-# %% ../nbs/08_policy.ipynb #a28c94b6
+# %% ../nbs/08_policy.ipynb #9fd97519
 import copy
 import os
 import shutil
@@ -24,7 +24,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from .loss import token_logps
 from .prompts import Messages
 
-# %% ../nbs/08_policy.ipynb #6a91342f
+# %% ../nbs/08_policy.ipynb #68bea55e
 EMBEDDED_POLICY = resources.files("emo_r3") / "embedded" / "policy"
 
 
@@ -44,7 +44,7 @@ def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id
         raise ValueError(f"policy {folder}: found {found}; allowed: *.safetensors (a pickle could run code while it loads)")
     return str(folder)
 
-# %% ../nbs/08_policy.ipynb #f91b6d1a
+# %% ../nbs/08_policy.ipynb #e30828ff
 def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, or a hub id
                 dtype: str | torch.dtype = "float32", # of the weights; training keeps float32 master weights
                 device: str | torch.device = "cpu", # where the weights go
@@ -53,7 +53,7 @@ def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, o
     model = AutoModelForImageTextToText.from_pretrained(policy_path(name_or_path), dtype=dtype, use_safetensors=True, trust_remote_code=False)
     return model.to(device).eval()
 
-# %% ../nbs/08_policy.ipynb #63fa74a4
+# %% ../nbs/08_policy.ipynb #db5b515a
 class _VLProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True, "add_special_tokens": False},
                  "common_kwargs": {"return_tensors": "pt"}}
@@ -75,7 +75,7 @@ class VLProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]: return super().model_input_names + ["mm_token_type_ids"]
 
-# %% ../nbs/08_policy.ipynb #691c34d8
+# %% ../nbs/08_policy.ipynb #732011e7
 def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
                    min_pixels: int | None = None, # smallest area a picture is resized to; None keeps the model's own
                    max_pixels: int | None = None, # largest
@@ -92,7 +92,7 @@ def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
     if tokenizer.chat_template is None: raise ValueError(f"policy {path}: its tokenizer has no chat template")
     return VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
-# %% ../nbs/08_policy.ipynb #57ca5d92
+# %% ../nbs/08_policy.ipynb #51c6c7aa
 def encode_messages(processor: VLProcessor, # the policy's processor
                     batch: Sequence[Messages], # chat messages, pictures inside
                    ) -> BatchFeature: # input_ids, attention_mask, mm_token_type_ids (B, P); pixel_values (patches, values), image_grid_thw (pictures, 3)
@@ -101,7 +101,7 @@ def encode_messages(processor: VLProcessor, # the policy's processor
     images = [item["image"] for m in batch for turn in m if not isinstance(turn["content"], str) for item in turn["content"] if item["type"] == "image"]
     return processor(images=images or None, text=texts)
 
-# %% ../nbs/08_policy.ipynb #3b14d610
+# %% ../nbs/08_policy.ipynb #350b8f01
 def repeat_prompts(inputs: BatchFeature, # B encoded prompts, at most one picture each
                    index: torch.Tensor, # (N,): which prompt each row takes
                   ) -> dict[str, torch.Tensor]:
@@ -114,43 +114,61 @@ def repeat_prompts(inputs: BatchFeature, # B encoded prompts, at most one pictur
         if chosen: rows |= {"pixel_values": torch.cat([patches[i] for i in chosen]), "image_grid_thw": inputs["image_grid_thw"][chosen]}
     return rows
 
-# %% ../nbs/08_policy.ipynb #493dfb74
+# %% ../nbs/08_policy.ipynb #30135f92
 def banned_tokens(model: PreTrainedModel) -> list[int]:
     "Returns the ids that must never be sampled: the image and video placeholders and the vision markers."
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({i for n in names if (i := getattr(model.config, n, None)) is not None})
 
-# %% ../nbs/08_policy.ipynb #dc0bafd7
+# %% ../nbs/08_policy.ipynb #72d62110
+def _with_prompt_each(model: PreTrainedModel, prompts: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: # (N, T, V)
+    "Returns the logits that speak about each completion token, from rows of prompt and completion."
+    types = torch.cat([prompts["mm_token_type_ids"], torch.zeros_like(ids, dtype=prompts["mm_token_type_ids"].dtype)], 1)
+    inputs = prompts | {"input_ids": torch.cat([prompts["input_ids"], ids], 1),  # (N, P + T)
+                        "attention_mask": torch.cat([prompts["attention_mask"], mask.to(prompts["attention_mask"].dtype)], 1), "mm_token_type_ids": types}
+    return model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits[:, :-1]
+
+
+def _with_prompt_shared(model: PreTrainedModel, prompts: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: # (N, T, V)
+    "Returns the same logits, each of the B prompts read once for its N // B completions."
+    G = len(ids) // len(prompts["input_ids"])
+    prefix = model(**prompts, logits_to_keep=1, use_cache=True)
+    prefix.past_key_values.batch_repeat_interleave(G)
+    seen = prompts["attention_mask"].repeat_interleave(G, 0)  # (N, P)
+    start = seen.sum(1, keepdim=True) + (0 if prefix.rope_deltas is None else prefix.rope_deltas.repeat_interleave(G, 0))  # (N, 1)
+    positions = (start + torch.arange(ids.shape[1], device=ids.device)).expand(3, -1, -1)  # (3, N, T)
+    rest = model(input_ids=ids, attention_mask=torch.cat([seen, mask.to(seen.dtype)], 1), position_ids=positions, past_key_values=prefix.past_key_values, use_cache=True)
+    return torch.cat([prefix.logits.repeat_interleave(G, 0), rest.logits[:, :-1]], 1)
+
+# %% ../nbs/08_policy.ipynb #84ece887
 def completion_logps(model: PreTrainedModel, # any Qwen2.5-VL policy
-                     rows: dict[str, torch.Tensor], # N prompts, from `repeat_prompts` or `encode_messages`
-                     completion_ids: torch.Tensor, # (N, T), right-padded
+                     prompts: dict[str, torch.Tensor], # B prompts, left-padded, from `encode_messages` or `repeat_prompts`
+                     completion_ids: torch.Tensor, # (N, T), right-padded; N a multiple of B, rows i * N / B and on belong to prompt i
                      completion_mask: torch.Tensor, # (N, T): 1 on the completion, its end token included
                      temperature: float = 1.0, # of the sampling
                      with_entropy: bool = False, # also return the entropy of each position's distribution
                     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: # (N, T) log-probabilities, in nats
-    "Returns each completion token's log-probability at the sampling temperature; values outside the mask mean nothing."
-    device, T = model.device, completion_ids.shape[1]
-    inputs = {k: v.to(device) for k, v in rows.items()}
-    completion_ids = completion_ids.to(device)
-    zeros = torch.zeros_like(completion_ids)
-    inputs |= {"input_ids": torch.cat([inputs["input_ids"], completion_ids], 1),  # (N, P + T)
-               "attention_mask": torch.cat([inputs["attention_mask"], completion_mask.to(device, inputs["attention_mask"].dtype)], 1),
-               "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], zeros.to(inputs["mm_token_type_ids"].dtype)], 1)}
-    logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()  # (N, T, V)
+    "Returns each completion token's log-probability at the sampling temperature; values outside the mask mean nothing. Raises ValueError if N is no multiple of B."
+    B, N, device = len(prompts["input_ids"]), len(completion_ids), model.device
+    if N % B: raise ValueError(f"completion_ids: {N} rows for {B} prompts; allowed: the same number of completions for every prompt")
+    prompts, ids, mask = {k: v.to(device) for k, v in prompts.items()}, completion_ids.to(device), completion_mask.to(device)
+    model.model.rope_deltas = None  # transformers keeps an earlier batch's
+    logits = (_with_prompt_each if N == B else _with_prompt_shared)(model, prompts, ids, mask)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (N, T, V)
     logits = logits.index_fill(-1, torch.tensor(banned_tokens(model), device=device), float("-inf"))
-    logps = token_logps(logits, completion_ids, temperature)
+    logps = token_logps(logits, ids, temperature)
     if not with_entropy: return logps
     with torch.no_grad():
         log_p = (logits / temperature).log_softmax(-1)
         return logps, -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0)).sum(-1)
 
-# %% ../nbs/08_policy.ipynb #e49cf091
+# %% ../nbs/08_policy.ipynb #986c6e0c
 def reference(model: PreTrainedModel, # the policy before training
              ) -> PreTrainedModel:
     "Returns a frozen copy that shares no memory with the policy."
     return copy.deepcopy(model).requires_grad_(False).eval()
 
-# %% ../nbs/08_policy.ipynb #0935bf5e
+# %% ../nbs/08_policy.ipynb #39cf661a
 @contextmanager
 def staged_folder(target: Path, # the folder that should appear, whole or not at all
                  ):

@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED', 'VENDORS', 'SPRITE_PIXELS', 'SHEET_COLUMNS', 'SCENE_PIXEL
            'render', 'compose', 'domain_label_set', 'domain_vendors', 'domain_triggers', 'split_things', 'scene_specs',
            'scene_example', 'make_scenes', 'named_objects', 'is_grounded', 'coverage', 'book_example']
 
-# %% ../nbs/01_scenes.ipynb #60680dba
+# %% ../nbs/01_scenes.ipynb #1f3964ef
 import hashlib
 import json
 import random
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 
 from .data import EMOSET8, EMOTION6, EmotionExample, LabelSet, emotion_question
 
-# %% ../nbs/01_scenes.ipynb #cbe39927
+# %% ../nbs/01_scenes.ipynb #47173eef
 @dataclass(frozen=True)
 class SceneObject:
     "One thing that can stand in a scene, and the emotion that it triggers."
@@ -34,7 +34,7 @@ class SceneObject:
 
 EMBEDDED = resources.files("emo_r3") / "embedded"
 
-# %% ../nbs/01_scenes.ipynb #eb88d390
+# %% ../nbs/01_scenes.ipynb #b1fbbd32
 @cache
 def scene_objects() -> dict[str, SceneObject]:
     "Returns every object by name, in the order of the sprite sheets."
@@ -47,7 +47,7 @@ def objects_of(kind: str, # "trigger", "face" or "thing"
     "Returns the objects of one kind, in the table's order."
     return [o for o in scene_objects().values() if o.kind == kind]
 
-# %% ../nbs/01_scenes.ipynb #b50ccef9
+# %% ../nbs/01_scenes.ipynb #825e3bee
 VENDORS = ("twemoji", "fluent", "noto")
 SPRITE_PIXELS, SHEET_COLUMNS, SCENE_PIXELS = 48, 14, 96
 
@@ -68,7 +68,7 @@ def sprite(name: str, # an object's name
     x, y = column * SPRITE_PIXELS, row * SPRITE_PIXELS
     return _sheet(vendor).crop((x, y, x + SPRITE_PIXELS, y + SPRITE_PIXELS))
 
-# %% ../nbs/01_scenes.ipynb #6886e787
+# %% ../nbs/01_scenes.ipynb #632f5977
 @dataclass(frozen=True)
 class Placement:
     "Where and how one object stands."
@@ -95,7 +95,7 @@ class SceneSpec:
     @property
     def names(self) -> tuple[str, ...]: return tuple(p.name for p in self.placements)
 
-# %% ../nbs/01_scenes.ipynb #a2045a42
+# %% ../nbs/01_scenes.ipynb #815ae013
 @cache
 def _slope() -> Image.Image: return Image.linear_gradient("L").resize((SCENE_PIXELS, SCENE_PIXELS))
 
@@ -112,7 +112,7 @@ def render(spec: SceneSpec, # what to draw
         picture.paste(drawing, corner, drawing)
     return picture
 
-# %% ../nbs/01_scenes.ipynb #c7bf64a6
+# %% ../nbs/01_scenes.ipynb #ff8200c8
 def compose(rng: random.Random, # where all chance comes from
             trigger: str, # object that moves people
             things: tuple[str, ...], # up to three neutral ones
@@ -127,11 +127,11 @@ def compose(rng: random.Random, # where all chance comes from
     shade = lambda low, high: tuple(rng.randint(low, high) for _ in range(3))
     return SceneSpec(vendor, tuple(place(n, c) for n, c in zip((trigger, *things), cells)), shade(150, 255), shade(110, 235))
 
-# %% ../nbs/01_scenes.ipynb #1e322979
+# %% ../nbs/01_scenes.ipynb #f93b7caf
 BOOK_SCENE = SceneSpec("twemoji", (Placement("ghost", 0, 2, 1, 46, False), Placement("clock", 1, 4, 4, 40, False),
                                    Placement("key", 2, 3, 5, 41, False)), (214, 226, 240), (168, 182, 205))
 
-# %% ../nbs/01_scenes.ipynb #182e632f
+# %% ../nbs/01_scenes.ipynb #6ff52b58
 DOMAINS = ("in_domain", "style", "unseen_triggers", "faces")
 SPLITS = ("train", "validation", "test")
 
@@ -154,7 +154,7 @@ def domain_triggers(domain: str, # one of `DOMAINS`
     unseen = domain == "unseen_triggers"
     return [o for i, o in enumerate(objects_of("trigger")) if (i % 8 >= 6) == unseen]
 
-# %% ../nbs/01_scenes.ipynb #411c996f
+# %% ../nbs/01_scenes.ipynb #1014f3d0
 def split_things(trigger: str, # object's name
                  split: str, # one of `SPLITS`
                 ) -> list[str]:
@@ -164,7 +164,7 @@ def split_things(trigger: str, # object's name
     part = lambda j: {0: "test", 4: "test", 2: "validation"}.get((3 * at + j) % 8, "train")
     return [o.name for j, o in enumerate(objects_of("thing")) if part(j) == split]
 
-# %% ../nbs/01_scenes.ipynb #871cc782
+# %% ../nbs/01_scenes.ipynb #06f35329
 def scene_specs(domain: str, # one of `DOMAINS`
                 split: str, # one of `SPLITS`
                 n: int, # how many scenes
@@ -181,7 +181,7 @@ def scene_specs(domain: str, # one of `DOMAINS`
         specs[compose(rng, trigger, things, rng.choice(domain_vendors(domain)))] = None
     return list(specs)
 
-# %% ../nbs/01_scenes.ipynb #91fa243c
+# %% ../nbs/01_scenes.ipynb #8a91d46d
 def _scene_id(spec: SceneSpec) -> str:
     return f"{spec.trigger.replace(' ', '-')}-{hashlib.sha256(repr(spec).encode()).hexdigest()[:10]}"
 
@@ -203,7 +203,7 @@ def make_scenes(domain: str, # one of `DOMAINS`
     "Returns n examples of a domain's split, drawn by seed; raises ValueError for unknown names or n < 1."
     return [scene_example(spec, domain) for spec in scene_specs(domain, split, n, seed)]
 
-# %% ../nbs/01_scenes.ipynb #a4652c67
+# %% ../nbs/01_scenes.ipynb #c67544e6
 @cache
 def _name_pattern() -> re.Pattern:
     names = sorted(scene_objects(), key=len, reverse=True)
@@ -228,7 +228,7 @@ def coverage(step1: str | None, objects: tuple[str, ...]) -> float:
     "Returns the share of the picture's objects that a description names, 0 to 1."
     return len(set(named_objects(step1)) & set(objects)) / len(objects)
 
-# %% ../nbs/01_scenes.ipynb #dd8cba07
+# %% ../nbs/01_scenes.ipynb #0d5e3443
 BOOK_COMPLETIONS = (
     "<step1>A ghost stands out, next to a clock and a key.</step1>\n<step2>A viewer would shiver and want to hide.</step2>\n"
     "<step3>Negative, high arousal.</step3>\n\\boxed{fear}",

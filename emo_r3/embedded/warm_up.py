@@ -8,7 +8,6 @@ What it never sees: a scene of a validation or test split (no picture holds a he
 in its traces are drawn from a planted prior over each trigger's two plausible readings, and for half of the triggers the prior favours the other one.
 """
 import argparse
-import json
 import random
 import time
 from pathlib import Path
@@ -16,13 +15,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from emo_r3.data import EMOSET8, EMOTION6, WEBEMO7, LabelSet, emotion_question
-from emo_r3.prompts import DEFAULT_TEMPLATES, coherence_messages, consistency_messages, direct_messages, set_messages, think_messages
-from emo_r3.scenes import DOMAINS, VENDORS, SceneSpec, compose, domain_label_set, domain_triggers, objects_of, render, scene_objects, split_things
+from emo_r3.parsing import match_label, parse_set
+from emo_r3.policy import load_policy, load_processor
+from emo_r3.prompts import coherence_messages, consistency_messages, direct_messages, set_messages, think_messages
+from emo_r3.sampling import PolicyJudge, PolicySampler
+from emo_r3.scenes import DOMAINS, VENDORS, SceneSpec, compose, domain_label_set, domain_triggers, is_grounded, make_scenes, objects_of, render, scene_objects, split_things
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 TAGS = ["<step1>", "</step1>", "<step2>", "</step2>", "<step3>", "</step3>", "<think>", "</think>", "\\boxed{"]
@@ -284,7 +286,7 @@ def speak_coherence(rng, i, spec, labels) -> Speech:
     "The paper's second question: the emotion that step 2 describes, whatever step 1 says."
     emotion = rng.choice(labels.labels)
     step1, step2 = tagged(rng, describe(spec.names[0], spec.names[1:]), 1), tagged(rng, respond(rng, emotion), 2)
-    return Speech(None, text_of(coherence_messages(step1, step2, labels)), emotion)
+    return Speech(None, text_of(coherence_messages(step1, step2, labels)), emotion, 8.0)
 
 
 def encode(tokenizer, speech: Speech) -> tuple[list[int], list[int], list[float]]:
@@ -330,8 +332,8 @@ def speech_loss(tokenizer, model, batch, features) -> tuple[torch.Tensor, torch.
 
 
 # For each share of the run: how many texts of each kind a step takes.
-MIX = [(0.60, {speak_checklist: 20, speak_consistency: 20, speak_coherence: 3}, {speak_set: 8, speak_think: 2, speak_direct: 2}),
-       (1.00, {speak_checklist: 4, speak_consistency: 20, speak_coherence: 4}, {speak_set: 16, speak_think: 5, speak_direct: 2})]
+MIX = [(0.30, {speak_checklist: 16, speak_consistency: 16, speak_coherence: 8}, {speak_set: 10, speak_think: 3, speak_direct: 2}),
+       (1.00, {speak_checklist: 2, speak_consistency: 16, speak_coherence: 8}, {speak_set: 16, speak_think: 5, speak_direct: 2})]
 
 
 def look_at(model, images, specs) -> torch.Tensor:
@@ -351,10 +353,10 @@ def learn_to_speak(model, tokenizer, images, rng, steps: int, pool_size: int = 1
         for group in optimizer.param_groups: group["lr"] = schedule(step, steps, rate)
         short, long = next((s, l) for share, s, l in MIX if step < share * steps)
         optimizer.zero_grad()
-        for kinds, factor in ((short, 1.0), (long, 1.0)):
+        for kinds in (short, long):
             batch = [kind(rng, i, *pool[i]) for kind, n in kinds.items() for i in rng.sample(range(pool_size), n)]
             loss, said, wanted = speech_loss(tokenizer, model, batch, features)
-            (factor * loss).backward()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.model.language_model.parameters(), 1.0); optimizer.step()
         if step % 100 == 99:
             with torch.no_grad():
@@ -370,6 +372,41 @@ def learn_to_speak(model, tokenizer, images, rng, steps: int, pool_size: int = 1
             print(f"speaking {step + 1:5d}  " + "  ".join(f"{k[6:]} {v[0]:.3f} {v[1]:.3f}" for k, v in right.items()) + f"  {time.time() - started:.0f} s", flush=True)
 
 
+# ---- what it can do -----------------------------------------------------------------------------------------------------
+
+GATES = {"consistency": (0.92, 1), "coherence": (0.95, 1), "grounding": (0.90, 1), "format": (0.95, 1), "accuracy": (0.45, 0.60), "sampled_accuracy": (0.35, 1)}
+
+
+def judge_figures(judge, n: int, seed: int) -> dict[str, float]:
+    "How often the judge is right on n test scenes: half the descriptions are true, half name an absent object of the same kind."
+    rng, questions, truth, told, meant = random.Random(f"judge {seed}"), [], [], [], []
+    for i, x in enumerate(make_scenes("in_domain", "test", n, seed)):
+        names = x.objects if i % 2 else swapped(rng, x.objects)
+        questions.append(consistency_messages(x.load_image(), describe(names[0], names[1:]))); truth.append(bool(i % 2))
+        meant.append(rng.choice(x.label_set.labels))
+        told.append(coherence_messages(describe(x.objects[0], x.objects[1:]), respond(rng, meant[-1]), x.label_set))
+    said = [yes > no for yes, no in judge.score(questions, [["Yes", "No"]] * n)]
+    labels = EMOSET8.labels
+    read = [labels[max(range(len(labels)), key=p.__getitem__)] for p in judge.score(told, [labels] * n)]
+    right = lambda a, b: sum(x == y for x, y in zip(a, b)) / len(a)
+    yes_rate = lambda value: sum(s for s, t in zip(said, truth) if t == value) / truth.count(value)
+    return {"consistency": right(said, truth), "yes_when_true": yes_rate(True), "yes_when_false": yes_rate(False), "coherence": right(read, meant)}
+
+
+def measure(model, processor, n: int = 192, seed: int = 0) -> dict[str, float]:
+    "The policy's figures on n held-out in-domain scenes, greedy and sampled, and its judgement; compare with GATES."
+    sampler, scenes = PolicySampler(model, processor), make_scenes("in_domain", "test", n, seed)
+    out = judge_figures(PolicyJudge(model, processor), n, seed)
+    for prefix, temperature in (("", 0.0), ("sampled_", 1.0)):
+        texts = sampler.sample([set_messages(x.question, x.load_image()) for x in scenes], 1, 64, temperature, seed=seed).texts
+        parsed = [parse_set(t) for t in texts]
+        share = lambda hits: sum(hits) / n
+        out |= {prefix + "accuracy": share(match_label(c.answer, x.label_set) == x.label for c, x in zip(parsed, scenes)),
+                prefix + "grounding": share(is_grounded(c.steps[0], x.objects) for c, x in zip(parsed, scenes)),
+                prefix + "format": share(c.well_formed for c in parsed)}
+    return out
+
+
 # ---- the whole ----------------------------------------------------------------------------------------------------------
 
 def main() -> None:
@@ -378,7 +415,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True, help="folder for the policy (created; must be empty)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--naming-steps", type=int, default=1200)
-    parser.add_argument("--speaking-steps", type=int, default=3000)
+    parser.add_argument("--speaking-steps", type=int, default=2000)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if any(args.output_dir.iterdir()): parser.error(f"--output-dir {args.output_dir} is not empty")
@@ -389,6 +426,8 @@ def main() -> None:
     model.save_pretrained(args.output_dir / "named")
     learn_to_speak(model, tokenizer, images, random.Random(f"speaking {args.seed}"), args.speaking_steps)
     save(model, tokenizer, images, args.output_dir / "policy")
+    figures = measure(load_policy(args.output_dir / "policy"), load_processor(args.output_dir / "policy"))
+    for name, value in figures.items(): print(f"{name:18} {value:.3f}" + ("  gate {} to {}".format(*GATES[name]) if name in GATES else ""))
 
 
 def save(model, tokenizer, images, folder: Path) -> None:

@@ -1,0 +1,72 @@
+"""Table 3's ablation on the embedded scenes: plain GRPO, SET alone, and EMO-R3 with either judge, over several seeds.
+
+    python benchmarks/three_methods.py            # about an hour and a half on two cores; finished runs are not repeated
+    python benchmarks/three_methods.py --collect  # only gather what is there
+
+Every run is `emo-r3 train scenes_cpu --method ... --judge ... --seed ...`, one thread each, two at a time; the figures are gathered
+into benchmarks/results/three_methods.json, which the page nbs/tutorials/three_methods.ipynb and the README read.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CELLS = {"grpo": ["--method", "grpo"], "set": ["--method", "set"], "emo_r3": ["--method", "emo_r3"], "emo_r3, reference judges": ["--method", "emo_r3", "--judge", "reference"]}
+KEEP = ("accuracy", "n", "ci95", "unparsed", "format", "grounding", "coverage", "macro_f1", "consistent", "faithfulness", "judge_accuracy")
+CURVES = ("reward", "rewards/accuracy/mean", "rewards/format/mean", "rewards/consistency/mean", "rewards/coherence/mean", "grounding", "judge/consistency_accuracy",
+          "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "step_time", "timing_s/rollout", "timing_s/reflect", "timing_s/logps", "timing_s/update")
+
+
+def machine() -> dict:
+    "What the figures were measured on."
+    import torch, transformers
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "gpu": None}
+
+
+def run(folder: Path, options: list[str], seed: int, more: list[str]) -> None:
+    "One training run in a process of its own, unless it has finished before; a half-finished folder is an error."
+    if (folder / "summary.json").exists(): return
+    command = [sys.executable, "-m", "emo_r3.cli", "train", "scenes_cpu", "--output-dir", str(folder), "--seed", str(seed), *options, *more]
+    with folder.with_suffix(".log").open("w") as log:
+        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    print(f"{folder.name}: exit code {done.returncode}", flush=True)
+    if done.returncode: raise SystemExit(f"{folder.name} failed, see {folder.with_suffix('.log')}")
+
+
+def gather(folder: Path, cell: str, seed: int) -> dict:
+    "One run's figures."
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    short = lambda report: {domain: {k: figures.get(k) for k in KEEP} for domain, figures in report.items()}
+    steps = [r for r in rows if "reward" in r]
+    curves = {name: [round(r[name], 4) for r in steps] for name in CURVES if name in steps[0]}
+    return {"cell": cell, "seed": seed, "steps": summary["steps"], "wall_s": summary["wall_s"], "before": short(summary["before"]), "after": short(summary["after"]), "curves": curves}
+
+
+def main() -> None:
+    "Runs what is missing, then gathers."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "three_methods", help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "three_methods.json")
+    parser.add_argument("--collect", action="store_true", help="run nothing")
+    args, more = parser.parse_known_args()
+    args.runs.mkdir(parents=True, exist_ok=True)
+    jobs = [(args.runs / f"{cell.split(',')[0]}{'-reference' if ',' in cell else ''}-{seed}", cell, seed) for seed in range(1, args.seeds + 1) for cell in CELLS]
+    if not args.collect:
+        with ThreadPoolExecutor(args.parallel) as pool: list(pool.map(lambda j: run(j[0], CELLS[j[1]], j[2], more), jobs))
+    found = [gather(*job) for job in jobs if (job[0] / "summary.json").exists()]
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text(json.dumps({"command": "python benchmarks/three_methods.py", "options": more, "machine": machine(), "runs": found}, indent=1) + "\n")
+    print(f"{len(found)} of {len(jobs)} runs -> {args.output}")
+
+
+if __name__ == "__main__": main()

@@ -1,0 +1,263 @@
+"""The commands: what each leaves behind, how options become fields, and what is printed last. Bad input has a file of its own."""
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from emo_r3 import cli
+from emo_r3.data import EMOSET8
+from emo_r3.scenes import DOMAINS, book_example, make_scenes
+
+RUN_FOLDER = {"config.yaml", "metrics.jsonl", "summary.json", "samples", "policy", "report.html"}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    "A folder with a random policy, and a recipe of two steps on it."
+    from emo_r3.embedded.warm_up import build_image_processor, build_model, build_tokenizer
+    from emo_r3.policy import VLProcessor, save_policy
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    save_policy(build_model(tokenizer), VLProcessor(build_image_processor(), tokenizer, chat_template=tokenizer.chat_template), folder / "policy")
+    recipe = dict(policy=str(folder / "policy"), train_size=4, eval_size=2, eval_during=1, min_pixels=None, max_pixels=None, num_generations=2, max_completion_tokens=6,
+                  prompts_per_step=2, prompts_per_update=2, epochs=1, max_steps=2, eval_every=1, sample_every=1, precision="fp32", trackers=[])
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    "An empty folder to work in."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EMO_R3_DEBUG", raising=False)
+    return tmp_path
+
+
+def run_main(capsys, *argv) -> tuple[int, str, str]:
+    "The exit code, stdout and stderr of one command."
+    capsys.readouterr()
+    code = cli.main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def pictures(root: Path, labels=("fear", "awe"), each=2, seed=0) -> Path:
+    "A folder of class folders with pictures in them."
+    scenes = iter(make_scenes("in_domain", "train", len(labels) * each, seed))
+    for label in labels:
+        (root / label).mkdir(parents=True)
+        for i in range(each): next(scenes).load_image().save(root / label / f"{i}.png")
+    return root
+
+
+# ---- the parser, which needs no torch
+
+def test_help_and_version_load_no_torch():
+    code = "import sys; from emo_r3.cli import main; codes = [main(['--help']), main(['--version']), main(['evaluate', '--help']), main(['trian'])]; print(codes, 'torch' in sys.modules)"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[0, 0, 0, 2] False", done.stderr
+    assert time.perf_counter() - started < 3
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], ["COMMAND"]),
+    (["trian"], ["'trian'", "train, evaluate, predict, report", "did you mean 'train'"]),
+    (["evaluate", "embedded"], ["DATA"]),
+    (["evaluate", "embedded", "scenes", "--szie", "3"], ["'--szie'", "did you mean '--size'", "evaluate --help"]),
+    (["evaluate", "embedded", "scenes", "--size", "many"], ["--size", "'many'"]),
+    (["evaluate", "embedded", "scenes", "--siz", "3"], ["'--siz'", "'--size'"]),  # no abbreviations: they break when a field is added
+    (["evaluate", "embedded", "scenes", "more"], ["'more'"]),
+    (["evaluate", "embedded", "scenes:styel"], ["'scenes:styel'", "did you mean 'style'"]),
+    (["evaluate", "embedded", "scenes", "--size", "0"], ["--size", "0", "1 or more"]),
+    (["evaluate", "embedded", "scenes", "--split", "tset"], ["'tset'", "train, validation, test"]),
+    (["evaluate", "embedded", "scenes", "--labels", "emoset8"], ["--labels", "scenes"]),
+    (["predict", "a.png", "--labels", "emoset9"], ["'emoset9'", "did you mean 'emoset8'"]),
+])
+def test_mistakes_are_one_line_with_the_nearest_name(folder, capsys, argv, words):
+    code, out, err = run_main(capsys, *argv)
+    assert code == 2 and out == "" and err.startswith("emo-r3: error: ") and err.count("\n") == 1
+    for word in words: assert word in err
+
+
+def test_debug_shows_where_an_error_came_from(folder, capsys, monkeypatch):
+    monkeypatch.setenv("EMO_R3_DEBUG", "1")
+    with pytest.raises(ValueError, match="trian"): cli.main(["trian"])
+
+
+def test_tidy_ties_negative_numbers_and_reads_underscores():
+    assert cli.tidy(["train", "r", "--learning_rate", "-1e-4", "--beta=-.5", "--seed", "-3", "--x", "-.5"]) == \
+        ["train", "r", "--learning-rate=-1e-4", "--beta=-.5", "--seed=-3", "--x=-.5"]
+    assert cli.tidy(["predict", "my_cat.png", "--policy", "my_runs/a_b"]) == ["predict", "my_cat.png", "--policy", "my_runs/a_b"]
+    assert cli.tidy(["train", "--data=my_data/a_b", "-x"]) == ["train", "--data=my_data/a_b", "-x"]
+
+
+# ---- recipes and fields
+
+def test_every_recipe_of_the_package_is_a_configuration():
+    assert "scenes_cpu" in cli.recipe_names()
+    for name in cli.recipe_names(): assert cli.run_config(name, {})[0] == name
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", ["None", "a mapping"]), ("- a\n- b\n", ["['a', 'b']", "a mapping"]), ("method: [", ["YAML"]), ("method: \xff".encode("latin1"), ["YAML", "utf-8"]),
+    ("learning_rate: fast", ["learning_rate", "'fast'", "a number"]), ("num_generations: 4.5", ["num_generations", "4.5", "a whole number"]), ("seed: yes", ["seed", "True"]),
+    ("method: 3", ["method", "3", "a text"]), ("templates: [a]", ["templates", "a mapping"]), ("trackers: tensorboard", ["trackers", "'tensorboard'", "a list"]),
+    ("max_steps: ''", ["max_steps", "''", "or null"]), ("train_size: null", ["train_size", "None"]), ("1: 2", ["unknown field 1"]),
+])
+def test_recipes_that_are_none(folder, text, words):
+    Path("odd.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError) as caught: cli.run_config("odd.yaml", {})
+    for word in ["odd.yaml", *words]: assert word in str(caught.value)
+
+
+def test_options_replace_the_recipe_field_by_field(folder):
+    Path("mine.yaml").write_text("policy: embedded\nlearning_rate: 1e-4\ntrackers: []\nprecision: fp32\nlambda_format: 0\n")
+    name, config = cli.run_config("mine.yaml", {"seed": "7", "beta": "0", "data": "123", "adam_betas": "0.8,0.9", "trackers": "tensorboard", "max_steps": "null"})
+    assert name == "mine" and config.learning_rate == 1e-4 and config.trackers == ("tensorboard",) and config.lambda_format == 0.0
+    assert (config.seed, config.beta, config.data, config.adam_betas, config.max_steps) == (7, 0.0, "123", (0.8, 0.9), None)
+    assert isinstance(config.beta, float) and isinstance(config.seed, int)
+
+
+def test_a_run_s_config_is_a_recipe(folder):
+    from emo_r3.train import open_run_folder
+    _, config = cli.run_config("scenes_cpu", {"seed": "3", "learning_rate": "3e-5", "trackers": "[]"})
+    open_run_folder("run", config)
+    assert cli.run_config("run/config.yaml", {})[1] == config
+
+
+def test_train_help_explains_every_field(capsys, monkeypatch):
+    from emo_r3.train import TrainConfig
+    monkeypatch.setenv("COLUMNS", "1000")
+    code, out, _ = run_main(capsys, "train", "--help")
+    assert code == 0
+    for f in fields(TrainConfig):
+        line, = (l for l in out.splitlines() if l.strip().startswith(f"--{f.name.replace('_', '-')} "))
+        assert f.metadata["help"] in line and f.metadata["source"] in line and "(default: " in line
+    titles = [l[:-1] for l in out.splitlines() if l.endswith(":") and not l.startswith(" ")]
+    assert titles[2:] == list(cli._GROUPS.values())  # after the arguments and the options
+    assert "--learning-rate FLOAT" in out and "(default: 2e-06; paper, Sec. 4.1)" in out and "scenes_cpu" in out
+
+
+# ---- the pictures of a run
+
+def test_parts_of_a_run_share_no_scene():
+    _, config = cli.run_config("scenes_cpu", {"train_size": "200", "eval_size": "60", "eval_during": "40"})
+    data = cli.run_data(config)
+    assert list(data.test) == list(DOMAINS) and list(data.during) == ["in_domain", "style"] and len(data.train) == 200
+    parts = [{x.id for x in xs} for xs in (data.train, *data.during.values(), *data.test.values())]
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 200 + 2 * 40 + 4 * 60
+    pairs = lambda xs: {(x.objects[0], thing) for x in xs for thing in x.objects[1:]}
+    assert not pairs(data.test["in_domain"]) & pairs(data.during["in_domain"])  # the look while training is no look at the test
+
+
+def test_another_seed_trains_on_other_scenes_and_is_tested_on_the_same():
+    one, two = (cli.run_data(cli.run_config("scenes_cpu", {"train_size": "16", "eval_size": "8", "seed": s})[1]) for s in ("1", "2"))
+    assert [x.id for x in one.train] != [x.id for x in two.train]
+    assert [x.id for x in one.test["style"]] == [x.id for x in two.test["style"]]
+
+
+def test_own_pictures_are_divided(folder, tiny):
+    pictures(folder / "mine" / "train", each=4), pictures(folder / "mine" / "test", each=3, seed=1)
+    data = cli.run_data(cli.run_config(str(tiny / "tiny.yaml"), {"data": "mine"})[1])
+    assert len(data.train) == 4 and len(data.during["mine"]) == 1 and len(data.test["mine"]) == 2
+    ids = [x.id for x in (*data.train, *data.during["mine"])]
+    assert len(set(ids)) == 5 and all(i.startswith("train/") for i in ids) and all(x.id.startswith("test/") for x in data.test["mine"])
+    nothing_left = cli.run_data(cli.run_config(str(tiny / "tiny.yaml"), {"data": "mine", "train_size": "8"})[1])
+    assert len(nothing_left.train) == 8 and nothing_left.during == {}
+
+
+# ---- runs
+
+def check_run(run: Path, domains) -> dict:
+    assert RUN_FOLDER <= {p.name for p in run.iterdir()} and not [p for p in run.rglob("*") if "partial" in p.name]
+    summary = json.loads((run / "summary.json").read_text())
+    assert list(summary["before"]) == list(summary["after"]) == list(domains)
+    for figures in (*summary["before"].values(), *summary["after"].values()):
+        assert {"accuracy", "n", "ci95", "unparsed"} <= set(figures) and figures["n"] == 2
+    return summary
+
+
+def test_train_leaves_a_whole_run_and_prints_its_report_last(folder, tiny, capsys):
+    recipe = tiny / "tiny.yaml"
+    code, out, err = run_main(capsys, "train", recipe, "--seed", 3, "--max_steps", 1, "--learning-rate=1e-5")
+    assert code == 0, err
+    run = Path("runs/tiny-emo_r3-seed3")
+    assert out.splitlines()[-1] == str(run / "report.html")
+    assert all(any(line.startswith(d) for line in out.splitlines()) for d in DOMAINS)  # the table
+    summary = check_run(run, DOMAINS)
+    assert (summary["recipe"], summary["seed"], summary["steps"], summary["method"]) == ("tiny", 3, 1, "emo_r3")
+    assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 1e-5
+
+    from emo_r3.policy import load_policy, load_processor
+    moved = max((a - b).abs().max().item() for a, b in zip(load_policy(run / "policy").parameters(), load_policy(tiny / "policy").parameters()))
+    assert 0 < moved < 1e-3
+    load_processor(run / "policy")
+
+    (run / "report.html").unlink()
+    assert run_main(capsys, "report", run)[:2] == (0, f"{run / 'report.html'}\n") and (run / "report.html").is_file()
+
+    code, out, err = run_main(capsys, "train", recipe, "--seed", 3, "--max-steps", 1, "--method", "grpo")
+    assert code == 0 and out.splitlines()[-1] == "runs/tiny-grpo-seed3/report.html"
+    assert cli.free_folder(run) == Path("runs/tiny-emo_r3-seed3-2")
+
+
+def test_train_on_own_pictures(folder, tiny, capsys):
+    pictures(folder / "mine" / "train", each=3), pictures(folder / "mine" / "test", each=1, seed=1)
+    code, out, err = run_main(capsys, "train", tiny / "tiny.yaml", "--data", "mine", "--output-dir", "out", "--method", "set")
+    assert code == 0, err
+    check_run(Path("out"), ["mine"])
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [0, 1, 2, 3] and "eval/mine/accuracy" in rows[1]  # eval_every is 1: a look after step 1
+
+
+def test_evaluate_prints_a_table_and_writes_its_figures(folder, tiny, capsys):
+    code, out, err = run_main(capsys, "evaluate", tiny / "policy", "scenes", "--size", 2, "--max-tokens", 4, "--output", "figures.json")
+    assert code == 0, err
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [[d, "2"] for d in DOMAINS]
+    figures = json.loads(Path("figures.json").read_text())
+    assert list(figures["domains"]) == list(DOMAINS) and figures["domains"]["faces"]["label_set"] == "emotion6" and figures["data"] == "scenes"
+    assert os.listdir() == ["figures.json"]
+    assert run_main(capsys, "evaluate", tiny / "policy", "scenes:faces", "--size", 1, "--max-tokens", 4, "--method", "grpo", "--split", "validation")[1].splitlines()[-1].startswith("faces ")
+
+
+def test_evaluate_reads_own_pictures(folder, tiny, capsys):
+    pictures(folder / "mine", labels=("joy", "surprise"))
+    code, out, err = run_main(capsys, "evaluate", tiny / "policy", "mine", "--labels", "emotion6", "--max-tokens", 4, "--size", 3)
+    assert code == 0 and out.splitlines()[-1].split()[:2] == ["mine", "3"], err
+
+
+def test_evaluate_on_the_same_scenes_as_a_run():
+    _, config = cli.run_config("scenes_cpu", {"eval_size": "5", "train_size": "16"})
+    args = cli.parse(["evaluate", "embedded", "scenes", "--size", "5"])
+    same = lambda data: {d: [x.id for x in xs] for d, xs in data.items()}
+    assert same(cli.eval_data(args)) == same(cli.run_data(config).test)
+
+
+def test_predict_shows_what_the_policy_says(folder, tiny, capsys, monkeypatch):
+    import emo_r3.evaluate
+    from emo_r3.evaluate import Prediction
+    Image.new("RGB", (40, 30)).save("a.png"), book_example().image.save("b.jpg")
+    said = iter([Prediction("fear", dict.fromkeys(EMOSET8, 0.0) | {"fear": 0.93}, ("A ghost.", "A shiver.", "Negative."), "...", True, ""),
+                 Prediction(None, None, ("A ghost.", None, None), "the whole text", False, "<step2> is missing"),
+                 Prediction(None, None, (None, None, None), "the whole text", False, "")])
+    monkeypatch.setattr(emo_r3.evaluate, "predict", lambda *args, **options: next(said))
+    code, out, err = run_main(capsys, "predict", "a.png", "b.jpg", "a.png", "--policy", tiny / "policy")
+    assert code == 0 and out.splitlines() == [
+        "a.png: fear (93%)", "  1. A ghost.", "  2. A shiver.", "  3. Negative.", "b.jpg: no label could be read (<step2> is missing)", "  1. A ghost.",
+        "a.png: no label could be read (the answer is none of amusement, awe, contentment, excitement, anger, disgust, fear, sadness)", "  the whole text"]
+
+
+def test_predict_runs(folder, tiny, capsys):
+    book_example().image.save("ghost.png")
+    code, out, err = run_main(capsys, "predict", "ghost.png", "--policy", tiny / "policy")
+    assert code == 0 and out.startswith("ghost.png: "), err
