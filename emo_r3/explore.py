@@ -10,7 +10,7 @@ __all__ = ['Html', 'escape', 'tag', 'join', 'style_sheet', 'fragment', 'picture_
            'evaluation_charts', 'training_charts', 'groups_html', 'confusion_html', 'timing_html', 'config_html',
            'tiles_html', 'report_page']
 
-# %% ../nbs/16_explore.ipynb #4d435e5e
+# %% ../nbs/16_explore.ipynb #d309916d
 import base64
 import html
 import io
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
@@ -33,14 +33,13 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 
 from .advantages import group_advantages
-from .data import LabelSet
 from .evaluate import wilson_interval
 from .loss import clipped_loss, kl_estimate
 from .rewards import RewardRecord, RewardWeights, overall_reward, reflective_reward, reward_shares
 from .scenes import named_objects
 from .train import Experience, TrainConfig, group_record
 
-# %% ../nbs/16_explore.ipynb #ed5773ca
+# %% ../nbs/16_explore.ipynb #f3e571e7
 class Html(str):
     "Text that is HTML already; a notebook shows it as such."
     def _repr_html_(self) -> str: return str(self)
@@ -55,7 +54,7 @@ def escape(
     "Returns a value as text that a browser shows and never obeys."
     return value if isinstance(value, Html) else Html(html.escape(_UNSHOWABLE.sub("\ufffd", str(value))))
 
-# %% ../nbs/16_explore.ipynb #68a9bfc1
+# %% ../nbs/16_explore.ipynb #6e609ac1
 _VOID = ("img", "meta", "link", "br", "hr")
 
 
@@ -78,7 +77,7 @@ def join(
     "Returns the parts side by side, escaped where they are not `Html`."
     return Html(escape(between).join(escape(part) for part in parts if part is not None))
 
-# %% ../nbs/16_explore.ipynb #a073ba8b
+# %% ../nbs/16_explore.ipynb #3bea145a
 _LIGHT = dict(ink="#1b2230", dim="#586174", line="#d8dde6", paper="#ffffff", soft="#f4f6f9", a="#1a66a8", b="#a85408", c="#7a489c", d="#0a7358", e="#5c6577",
               good="#0a7358", bad="#b03217", half="#7d6200", good_soft="#e0f2ec", bad_soft="#fbe8e2", half_soft="#f7efd2")
 _DARK = dict(ink="#e5e9f1", dim="#a3adbf", line="#353c4b", paper="#12151c", soft="#1b202a", a="#6cb4f2", b="#f2a65e", c="#cba4f0", d="#5dd0ae", e="#a3adbf",
@@ -97,62 +96,117 @@ _THEME = f"""
 .emo code,.emo pre{{font-family:"JetBrains Mono","SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86em;background:none;color:inherit}}
 """
 
-# %% ../nbs/16_explore.ipynb #18ef7794
+# %% ../nbs/16_explore.ipynb #694e6547
 _GROUP_STYLE = """
 .emo .group{display:grid;grid-template-columns:168px minmax(0,1fr);gap:18px;padding:16px;border:1px solid var(--line);border-radius:12px;background:var(--paper)}
 .emo .side img,.emo .nopic{display:block;width:168px;height:auto;border-radius:8px;background:var(--soft);margin:0 0 8px}
-.emo .nopic{display:grid;place-items:center;min-height:120px;padding:8px;text-align:center;font-size:13px} .emo .facts{font-size:13px;display:grid;gap:2px;align-content:start}
-.emo .group ol{list-style:none;margin:0;padding:0;display:grid;gap:12px;min-width:0} .emo .group li{margin:0;padding:0 0 12px;border-bottom:1px solid var(--line);break-inside:avoid}
+.emo .nopic{display:grid;place-items:center;min-height:120px;padding:8px;text-align:center;font-size:13px}
+.emo .facts{font-size:13px;display:grid;gap:2px;align-content:start}
+.emo .group ol{list-style:none;margin:0;padding:0;display:grid;gap:12px;min-width:0}
+.emo .group li{margin:0;padding:0 0 12px;border-bottom:1px solid var(--line);break-inside:avoid}
 .emo .group li:last-child{border:0;padding:0} .emo .head{display:flex;flex-wrap:wrap;gap:2px 12px;align-items:center;font-size:13px}
 .emo .times{background:var(--soft);border-radius:9px;padding:0 7px;margin-left:-6px}
 .emo .bar{position:relative;display:inline-block;width:110px;height:10px;background:linear-gradient(var(--dim),var(--dim)) center/1px 100% no-repeat,var(--soft);border-radius:3px}
 .emo .bar i{position:absolute;top:1px;bottom:1px;border-radius:2px;background:var(--good)} .emo .bar i.down{background:var(--bad)}
 .emo .chips{display:flex;flex-wrap:wrap;gap:4px;margin:5px 0 6px} .emo .chip{font-size:12px;line-height:1.4;padding:1px 8px;border-radius:10px}
-.emo .chip.good{background:var(--good-soft)} .emo .chip.bad{background:var(--bad-soft)} .emo .chip.half{background:var(--half-soft)} .emo .chip .dim{color:var(--ink)}
-.emo .words{unicode-bidi:isolate;overflow-wrap:anywhere} .emo .s{padding:1px 0 1px 10px;border-left:3px solid var(--line);white-space:pre-wrap}
-.emo .s1{border-color:var(--a)} .emo .s2{border-color:var(--b)} .emo .s3{border-color:var(--c)} .emo .k{display:inline-block;min-width:84px;font-size:12px;color:var(--dim);padding-right:6px}
+.emo .chip.good{background:var(--good-soft)} .emo .chip.bad{background:var(--bad-soft)} .emo .chip.half{background:var(--half-soft)}
+.emo .chip .dim{color:var(--ink)}
+.emo .words{unicode-bidi:isolate;overflow-wrap:anywhere}
+.emo .s{display:grid;grid-template-columns:78px minmax(0,1fr);align-items:baseline;padding:1px 0 1px 10px;border-left:3px solid var(--line);white-space:pre-wrap}
+.emo .s1{border-color:var(--a)} .emo .s2{border-color:var(--b)} .emo .s3{border-color:var(--c)} .emo .k{font-size:12px;color:var(--dim)}
 .emo .s1 .k,.emo .in.s1{color:var(--a)} .emo .s2 .k,.emo .in.s2{color:var(--b)} .emo .s3 .k,.emo .in.s3{color:var(--c)} .emo .why{font-size:13px}
 .emo ins{text-decoration:underline 2px var(--good);text-underline-offset:3px} .emo del{text-decoration:line-through 2px var(--bad);color:var(--bad)}
 .emo .raw{margin:4px 0 0;padding:8px 10px;background:var(--soft);border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}
-@media (max-width:640px){.emo .group{grid-template-columns:1fr;padding:12px} .emo .side{display:flex;gap:12px} .emo .side img,.emo .nopic{width:112px;flex:none}}
+@media (max-width:640px){.emo .group{grid-template-columns:1fr;padding:12px} .emo .side{display:flex;gap:12px}
+.emo .side img,.emo .nopic{width:112px;flex:none}}
 """
 
-# %% ../nbs/16_explore.ipynb #63dc1882
+# %% ../nbs/16_explore.ipynb #64e62050
 _CHART_STYLE = """
-.emo table{border-collapse:collapse;font-size:14px;background:none;color:inherit;margin:0} .emo th,.emo td{padding:4px 12px 4px 0;text-align:left;border:0;background:none;font-weight:inherit;color:inherit;vertical-align:baseline}
-.emo tr{background:none!important} .emo thead th{color:var(--dim);font-size:12px;font-weight:500;border-bottom:1px solid var(--line);vertical-align:bottom} .emo .scroll{overflow-x:auto;max-width:100%} .emo .small{font-size:12.5px}
-.emo .stack{display:flex;width:260px;height:14px;background:var(--soft);border-radius:3px;overflow:hidden} .emo .w{display:block;height:100%} .emo .stack .w+.w{border-left:2px solid var(--paper)}
-.emo .w.a{background:var(--a)} .emo .w.b{background:var(--b)} .emo .w.c{background:var(--c)} .emo .w.d{background:var(--d)} .emo .w.e{background:var(--line)}
-.emo .key{display:inline-flex;align-items:center;gap:5px;margin-right:14px;font-size:12px} .emo .key .w{width:12px;height:10px;border-radius:2px} .emo .ranking{margin:4px 0 14px}
-.emo .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:26px 30px} .emo .chart{margin:0;break-inside:avoid} .emo .chart svg{display:block;width:100%;height:auto;overflow:visible}
-.emo .cap{display:flex;justify-content:space-between;gap:10px;font-size:14px;margin-bottom:4px} .emo .note{font-size:12.5px;line-height:1.4;margin-top:4px}
-.emo svg text{font-size:11px;fill:var(--dim);font-variant-numeric:tabular-nums} .emo svg text.t{font-size:11.5px;font-weight:600} .emo svg .grid{stroke:var(--line);stroke-width:1}
-.emo svg path{fill:none;stroke-linejoin:round;stroke-linecap:round} .emo svg .strong{stroke-width:2.2} .emo svg .hair{stroke-width:1;opacity:.35} .emo svg .whisker{stroke-width:1.4;opacity:.55} .emo svg .dash.strong{stroke-dasharray:5 4}
-.emo svg .a{stroke:var(--a)} .emo svg .b{stroke:var(--b)} .emo svg .c{stroke:var(--c)} .emo svg .d{stroke:var(--d)} .emo svg .e{stroke:var(--e)} .emo svg text.t{stroke:none}
-.emo svg text.a{fill:var(--a)} .emo svg text.b{fill:var(--b)} .emo svg text.c{fill:var(--c)} .emo svg text.d{fill:var(--d)} .emo svg text.e{fill:var(--e)}
-.emo svg .dot{fill:var(--paper);stroke-width:2} .emo svg path.band{fill:var(--c);stroke:none;opacity:.16}
+.emo table{border-collapse:collapse;font-size:14px;background:none;color:inherit;margin:0} .emo table th,.emo table td{text-align:left}
+.emo th,.emo td{padding:4px 12px 4px 0;border:0;background:none;font-weight:inherit;color:inherit;vertical-align:baseline}
+.emo tr{background:none!important}
+.emo thead th{color:var(--dim);font-size:12px;font-weight:500;border-bottom:1px solid var(--line);vertical-align:bottom}
+.emo .scroll{overflow-x:auto;max-width:100%} .emo .small{font-size:12.5px}
+.emo .stack{display:flex;width:260px;height:14px;background:var(--soft);border-radius:3px;overflow:hidden} .emo .w{display:block;height:100%}
+.emo .stack .w+.w{border-left:2px solid var(--paper)}
+.emo .w.a{background:var(--a)} .emo .w.b{background:var(--b)} .emo .w.c{background:var(--c)} .emo .w.d{background:var(--d)}
+.emo .w.e{background:var(--line)}
+.emo .key{display:inline-flex;align-items:center;gap:5px;margin-right:14px;font-size:12px} .emo .key .w{width:12px;height:10px;border-radius:2px}
+.emo .ranking{margin:4px 0 14px}
+.emo .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:26px 30px}
+.emo .charts.four{grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));gap:22px 24px} .emo .chart{margin:0;break-inside:avoid}
+.emo .chart svg{display:block;width:100%;max-width:440px;height:auto;overflow:visible}
+.emo .cap{display:flex;justify-content:space-between;gap:10px;font-size:14px;margin-bottom:4px}
+.emo .note{font-size:12.5px;line-height:1.4;margin-top:4px}
+.emo svg text{font-size:11px;fill:var(--dim);font-variant-numeric:tabular-nums} .emo svg text.t{font-size:11.5px;font-weight:600}
+.emo svg .grid{stroke:var(--line);stroke-width:1}
+.emo svg path{fill:none;stroke-linejoin:round;stroke-linecap:round} .emo svg .strong{stroke-width:2.2} .emo svg .hair{stroke-width:1;opacity:.35}
+.emo svg .whisker{stroke-width:1.4;opacity:.55} .emo svg .dash.strong{stroke-dasharray:5 4}
+.emo svg .a{stroke:var(--a)} .emo svg .b{stroke:var(--b)} .emo svg .c{stroke:var(--c)} .emo svg .d{stroke:var(--d)} .emo svg .e{stroke:var(--e)}
+.emo svg text.t{stroke:none}
+.emo svg text.a{fill:var(--a)} .emo svg text.b{fill:var(--b)} .emo svg text.c{fill:var(--c)} .emo svg text.d{fill:var(--d)}
+.emo svg text.e{fill:var(--e)}
+.emo svg circle.dots{fill:var(--paper);stroke-width:1.8} .emo svg circle.ends.a{fill:var(--a)} .emo svg circle.ends.d{fill:var(--d)}
+.emo svg .dash.hair{stroke-dasharray:4 4} .emo svg path.band{fill:var(--c);stroke:none;opacity:.16}
 """
 
-# %% ../nbs/16_explore.ipynb #257dec55
+# %% ../nbs/16_explore.ipynb #8f0c7c94
 _REPORT_STYLE = """
-body.emo{margin:0} .emo.page{font-size:16px} .emo.page>*{max-width:1120px;margin:0 auto;padding:0 24px} .emo header{padding-top:40px!important} .emo h1{font-size:clamp(26px,4vw,38px);line-height:1.15;margin:2px 0 4px;letter-spacing:-.015em;overflow-wrap:anywhere}
-.emo main>section{padding:34px 0 6px} .emo h2{font-size:22px;margin:0 0 16px;letter-spacing:-.01em} .emo h3{font-size:16px;margin:0 0 8px} .emo .verdict{font-size:18px;line-height:1.6;max-width:70ch;margin:20px 0 22px}
-.emo .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:12px} .emo .tile{background:var(--soft);border-radius:10px;padding:12px 14px} .emo .big{font-size:27px;font-weight:650;line-height:1.25;letter-spacing:-.01em}
-.emo nav{position:sticky;top:0;z-index:2;background:var(--paper);border-bottom:1px solid var(--line);display:flex;flex-wrap:wrap;gap:2px 20px;padding-top:14px!important;padding-bottom:10px!important;margin-top:14px!important;font-size:14px} .emo nav a,.emo a{color:var(--a);text-decoration:none} .emo nav a:hover{text-decoration:underline} .emo section{scroll-margin-top:48px}
-.emo .before-after{width:100%;min-width:900px} .emo .before-after td,.emo .before-after th{padding-top:9px;padding-bottom:9px;border-bottom:1px solid var(--line);white-space:nowrap} .emo .before-after tbody th{font-weight:600} .emo .before-after .wide{width:26%;min-width:190px;vertical-align:middle}
-.emo .dumbbell{position:relative;height:20px;background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0/25% 100%,linear-gradient(var(--line),var(--line)) right/1px 100% no-repeat} .emo .dumbbell i{position:absolute}
-.emo .ci{height:2px;border-radius:1px} .emo .ci.before{top:4px;background:var(--e)} .emo .ci.after{bottom:4px;background:var(--a)} .emo .way{top:8.5px;height:3px;background:var(--a);opacity:.4} .emo .chance{top:2px;bottom:2px;width:2px;margin-left:-1px;background:var(--b)}
-.emo .pt{top:5px;width:10px;height:10px;margin-left:-5px;border-radius:50%} .emo .pt.before{background:var(--paper);border:2px solid var(--e)} .emo .pt.after{background:var(--a)}
-.emo .early-late{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:24px} .emo .when{display:grid;gap:16px;align-content:start;min-width:0} .emo .early-late .group{grid-template-columns:1fr} .emo .early-late .side{display:flex;gap:14px} .emo .early-late .side img{width:120px;height:120px;object-fit:contain;margin:0}
-.emo .confusion{padding:0 0 22px;break-inside:avoid} .emo .pair{display:flex;flex-wrap:wrap;gap:18px 44px;margin-top:8px} .emo .matrix{font-size:12.5px} .emo .matrix caption{text-align:left;color:var(--dim);padding:0 0 2px} .emo .matrix th{padding:0 8px 0 0} .emo .matrix thead th{height:88px;padding:0;border:0;color:var(--ink)} .emo .matrix thead span{display:block;width:30px;white-space:nowrap;transform:rotate(-50deg) translate(-2px,12px);transform-origin:left bottom}
-.emo .matrix td{width:30px;min-width:30px;height:26px;padding:0;text-align:center;vertical-align:middle;border:1px solid var(--paper);background:color-mix(in srgb,var(--a) calc(var(--s,0)*var(--heat)),var(--soft))} .emo .matrix thead td{background:none} .emo .matrix td.none{color:var(--dim)} .emo .matrix td.right{outline:1.5px solid var(--ink);outline-offset:-2px}
-.emo .stack.time{width:100%;height:20px;margin-bottom:10px} .emo .swatch{width:14px;height:11px;border-radius:2px} .emo .config td,.emo .config th{padding-top:5px;padding-bottom:5px;border-bottom:1px solid var(--line);font-size:13.5px} .emo .config td:nth-child(2){max-width:260px;overflow-wrap:anywhere} .emo .changed{color:var(--a)!important;font-weight:650} .emo footer{padding-top:26px!important;padding-bottom:44px!important}
-@media (max-width:900px){.emo .early-late{grid-template-columns:1fr}} @media (max-width:640px){.emo.page>*{padding:0 14px} .emo .verdict{font-size:16px} .emo nav{position:static}}
-@media print{.emo *{print-color-adjust:exact;-webkit-print-color-adjust:exact} .emo nav{display:none} .emo.page{font-size:12px} .emo.page>*{max-width:none;padding:0} .emo .scroll{overflow:visible} .emo .before-after{min-width:0;font-size:11px} .emo h2,.emo h3{break-after:avoid} .emo .tile{border:1px solid var(--line)}}
+body.emo{margin:0} .emo.page{font-size:16px} .emo.page>*{width:min(1100px,100% - 48px);margin:0 auto} .emo header{padding-top:40px}
+.emo h1{font-size:clamp(26px,4vw,38px);line-height:1.15;margin:2px 0 4px;letter-spacing:-.015em;overflow-wrap:anywhere}
+.emo main>section{padding:34px 0 6px} .emo h2{font-size:22px;line-height:1.3;margin:0 0 14px;letter-spacing:-.01em}
+.emo .lead{font-size:14px;max-width:90ch;margin:-8px 0 18px} .emo h3{font-size:16px;margin:0 0 8px}
+.emo .verdict{font-size:18px;line-height:1.6;max-width:76ch;margin:20px 0 22px}
+.emo .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:12px}
+.emo .tile{background:var(--soft);border-radius:10px;padding:12px 14px}
+.emo .big{font-size:27px;font-weight:650;line-height:1.25;letter-spacing:-.01em}
+.emo nav{position:sticky;top:0;z-index:2;background:var(--paper);border-bottom:1px solid var(--line);display:flex;flex-wrap:wrap;gap:2px 20px;padding:14px 0 10px;margin-top:16px!important;font-size:14px}
+.emo nav a,.emo a{color:var(--a);text-decoration:none} .emo nav a:hover{text-decoration:underline} .emo section{scroll-margin-top:48px}
+.emo .before-after{width:100%;min-width:880px}
+.emo .before-after td,.emo .before-after th{padding-top:9px;padding-bottom:9px;border-bottom:1px solid var(--line);white-space:nowrap}
+.emo .before-after tbody th{font-weight:600} .emo .before-after .small{font-weight:400;line-height:1.3}
+.emo .before-after td:last-child{padding-right:0} .emo .before-after .wide{width:22%;min-width:180px;vertical-align:middle}
+.emo .dumbbell{position:relative;height:20px;background:linear-gradient(90deg,var(--line) 1px,transparent 1px) 0/25% 100%,linear-gradient(var(--line),var(--line)) right/1px 100% no-repeat}
+.emo .dumbbell i{position:absolute}
+.emo .ci{height:2px;border-radius:1px} .emo .ci.before{top:4px;background:var(--e)} .emo .ci.after{bottom:4px;background:var(--a)}
+.emo .way{top:8.5px;height:3px;background:var(--a);opacity:.4} .emo .chance{top:2px;bottom:2px;width:2px;margin-left:-1px;background:var(--b)}
+.emo .pt{top:5px;width:10px;height:10px;margin-left:-5px;border-radius:50%} .emo .pt.before{background:var(--paper);border:2px solid var(--e)}
+.emo .pt.after{background:var(--a)}
+"""
+
+# %% ../nbs/16_explore.ipynb #8e0b8eb4
+_LATER_STYLE = """
+.emo .early-late{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:24px}
+.emo .when{display:grid;gap:16px;align-content:start;min-width:0} .emo .early-late .group{grid-template-columns:1fr}
+.emo .early-late .side{display:flex;gap:14px} .emo .early-late .side img{width:120px;height:120px;object-fit:contain;margin:0}
+.emo .confusion{padding:0 0 22px;break-inside:avoid} .emo .pair{display:flex;flex-wrap:wrap;gap:18px 40px;margin-top:8px;align-items:flex-end}
+.emo .classes{flex:1 1 260px;max-width:400px}
+.emo .matrix.classes td{background:none;border:0;border-bottom:1px solid transparent;min-width:0;padding:0 10px 0 0;white-space:nowrap;text-align:left}
+.emo .matrix.classes .wide{width:62%} .emo .classes .dumbbell{height:14px} .emo .classes .pt{top:2px} .emo .classes .way{top:5.5px}
+.emo .matrix{font-size:12.5px} .emo .matrix caption{text-align:left;color:var(--dim);padding:0 0 2px}
+.emo .matrix th{padding:0 8px 0 0;vertical-align:middle}
+.emo .matrix thead th{padding:0 0 5px;border:0;color:var(--ink);vertical-align:bottom;text-align:center}
+.emo .matrix thead span{writing-mode:vertical-rl;transform:rotate(180deg);white-space:nowrap;line-height:1}
+.emo .matrix td{width:30px;min-width:30px;height:26px;padding:0;vertical-align:middle;border:1px solid var(--paper);background:color-mix(in srgb,var(--a) calc(var(--s,0)*var(--heat)),var(--soft))}
+.emo .matrix thead td{background:none} .emo table.matrix td,.emo table.matrix thead th{text-align:center}
+.emo table.matrix.classes td{text-align:left} .emo .matrix td.none{color:var(--dim)}
+.emo .matrix td.right{outline:1.5px solid var(--ink);outline-offset:-2px}
+.emo .stack.time{width:100%;height:20px;margin-bottom:10px} .emo .swatch{width:14px;height:11px;border-radius:2px}
+.emo .config td,.emo .config th{padding-top:5px;padding-bottom:5px;border-bottom:1px solid var(--line);font-size:13.5px}
+.emo .config td:nth-child(2){max-width:260px;overflow-wrap:anywhere} .emo .changed{color:var(--a)!important;font-weight:650}
+.emo footer{padding:26px 0 44px}
+@media screen and (max-width:900px){.emo .early-late{grid-template-columns:1fr}} @media (max-width:640px){.emo.page>*{width:calc(100% - 28px)}
+.emo .verdict{font-size:16px} .emo nav{position:static}}
+@media print{.emo *{print-color-adjust:exact;-webkit-print-color-adjust:exact} .emo nav{display:none} .emo.page{font-size:12px}
+.emo.page>*{width:100%} .emo .scroll{overflow:visible} .emo .before-after{min-width:0;font-size:11px} .emo h1{font-size:24px} .emo h2{font-size:17px}
+.emo h2,.emo h3,.emo .lead{break-after:avoid} .emo .verdict{font-size:13.5px} .emo .big{font-size:20px}
+.emo .tiles{grid-template-columns:repeat(5,1fr)} .emo .charts{grid-template-columns:repeat(3,1fr)}
+.emo .charts.four{grid-template-columns:repeat(4,1fr)} .emo .tile{border:1px solid var(--line)}}
 """
 
 
-def style_sheet() -> Html: return tag("style", Html(_THEME + _GROUP_STYLE + _CHART_STYLE + _REPORT_STYLE))
+def style_sheet() -> Html: return tag("style", Html(_THEME + _GROUP_STYLE + _CHART_STYLE + _REPORT_STYLE + _LATER_STYLE))
 
 
 def fragment(
@@ -161,7 +215,7 @@ def fragment(
     "Returns HTML with its style sheet, ready for a notebook's output."
     return HTML(style_sheet() + tag("div", content, class_="emo", style="padding:10px;border-radius:12px;max-width:1020px"))
 
-# %% ../nbs/16_explore.ipynb #332c49bb
+# %% ../nbs/16_explore.ipynb #7c67f7c1
 def picture_uri(
     picture: Image.Image | str | Path,  # a picture, or its file
     longest_pixels: int = 360,  # a larger picture is scaled down to this edge
@@ -172,16 +226,18 @@ def picture_uri(
         try:
             with Image.open(path) as opened: picture = ImageOps.exif_transpose(opened).convert("RGB")
         except FileNotFoundError: raise FileNotFoundError(f"picture {path} does not exist") from None
-        except Exception as error: raise ValueError(f"picture {path}: not readable as a picture ({error})") from error  # decoders raise all kinds of errors
+        except Exception as error:  # decoders raise all kinds of errors
+            raise ValueError(f"picture {path}: not readable as a picture ({error})") from error
     small, buffer = picture.convert("RGB"), io.BytesIO()
     small.thumbnail((longest_pixels, longest_pixels))
     small.save(buffer, "WEBP", quality=88)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/16_explore.ipynb #ad26d066
+# %% ../nbs/16_explore.ipynb #ab43ad83
 def _chip(name: str, value: float, said: str = "") -> Html:
     mark, kind = ("✓", "good") if value >= 1 else ("✗", "bad") if value <= 0 else ("◐", "half")
-    return tag("span", f"{mark} {name}", tag("span", f" {said}", class_="dim") if said else None, class_=f"chip {kind}", title=f"{name} reward: {value:g}")
+    said = tag("span", f" {said}", class_="dim") if said else None
+    return tag("span", f"{mark} {name}", said, class_=f"chip {kind}", title=f"{name} reward: {value:g}")
 
 
 def _answer(verdict: Mapping, key: str, completion: Mapping) -> str:
@@ -195,12 +251,12 @@ def _chips(completion: Mapping) -> Html:
     paid, verdict = completion["rewards"], completion.get("verdict")
     chips = [_chip("accuracy", paid["accuracy"]), _chip("format", paid["format"])]
     if verdict is not None:
-        p = verdict.get("p_yes")
-        chips += [_chip("consistency", paid["consistency"], _answer(verdict, "consistency_answer", completion) + ("" if p is None else f", p(Yes) {p:.2f}")),
+        p = "" if verdict.get("p_yes") is None else f", p(Yes) {verdict['p_yes']:.2f}"
+        chips += [_chip("consistency", paid["consistency"], _answer(verdict, "consistency_answer", completion) + p),
                   _chip("coherence", paid["coherence"], _answer(verdict, "coherence_answer", completion))]
     return tag("div", *chips, class_="chips")
 
-# %% ../nbs/16_explore.ipynb #a66d551c
+# %% ../nbs/16_explore.ipynb #65e4821b
 def _cut(text: str, longest: int) -> str: return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest:,} characters more)"
 
 
@@ -216,14 +272,15 @@ def marked_objects(
     mark = lambda word: tag("ins", word, title="in the picture") if word.lower() in there else tag("del", word, title="not in the picture")
     return join(mark(part) if i % 2 else part for i, part in enumerate(parts))
 
-# %% ../nbs/16_explore.ipynb #9f229f32
+# %% ../nbs/16_explore.ipynb #8d69f206
 _STEPS = ("sees", "feels", "concludes")
 
 
 def _steps(completion: Mapping, objects: Sequence[str] | None, longest: int) -> Html:
-    lines = [tag("p", tag("span", f"{i + 1} {_STEPS[i]}", class_="k"), marked_objects(_cut(step, longest), objects) if i == 0 else _cut(step, longest), class_=f"s s{i + 1}")
-             for i, step in enumerate(completion["steps"]) if step is not None]
-    return join([*lines, tag("p", tag("span", "answer", class_="k"), tag("b", _cut(completion["answer"] or "", longest)), class_="s")])
+    line = lambda name, words, kind: tag("p", tag("span", name, class_="k"), tag("span", words), class_=f"s {kind}")
+    lines = [line(f"{i} {name}", marked_objects(_cut(step, longest), objects) if i == 1 else _cut(step, longest), f"s{i}")
+             for i, (name, step) in enumerate(zip(_STEPS, completion["steps"]), 1) if step is not None]
+    return join([*lines, line("answer", tag("b", _cut(completion["answer"] or "", longest)), "")])
 
 
 def _raw(completion: Mapping, longest: int) -> Html:
@@ -233,7 +290,8 @@ def _raw(completion: Mapping, longest: int) -> Html:
         if start < 0: continue
         parts += [text[at:start], tag("span", step, class_=f"in s{i}")]
         at = start + len(step)
-    return join([tag("p", "✗ ", completion["why"] or "malformed", class_="why bad") if not completion["well_formed"] else None, tag("pre", join([*parts, text[at:]]), class_="raw")])
+    why = None if completion["well_formed"] else tag("p", "✗ ", completion["why"] or "malformed", class_="why bad")
+    return join([why, tag("pre", *parts, text[at:], class_="raw")])
 
 
 def _words(completion: Mapping, objects: Sequence[str] | None, longest: int) -> Html:
@@ -241,7 +299,10 @@ def _words(completion: Mapping, objects: Sequence[str] | None, longest: int) -> 
     tidy = completion["well_formed"] and any(step is not None for step in completion["steps"])
     return tag("div", _steps(completion, objects, longest) if tidy else _raw(completion, longest), class_="words", dir="auto")
 
-# %% ../nbs/16_explore.ipynb #ad58cb4f
+# %% ../nbs/16_explore.ipynb #65a0844d
+def _signed(value: float, digits: int = 2) -> str: return f"{value:+.{digits}f}".replace("-", "−")
+
+
 def advantage_bar(
     advantage: float,
     largest: float,  # the advantage that would fill half of the bar
@@ -249,21 +310,25 @@ def advantage_bar(
     "Returns a bar that grows from the middle: right for better than the group's mean, left for worse."
     share = 50 * min(1.0, abs(advantage) / largest) if largest > 0 else 0
     side = f"left:{50 - share:.1f}%" if advantage < 0 else "left:50%"
-    return tag("span", tag("i", class_="up" if advantage > 0 else "down", style=f"{side};width:{share:.1f}%"), class_="bar", role="img", aria_label=f"advantage {advantage:+.2f}")
+    filled = tag("i", class_="up" if advantage > 0 else "down", style=f"{side};width:{share:.1f}%")
+    return tag("span", filled, class_="bar", role="img", aria_label=f"advantage {_signed(advantage)}")
 
 
 def _card(names: Sequence[str], completion: Mapping, objects: Sequence[str] | None, largest: float, longest: int) -> Html:
     advantage, paid = completion["advantage"], completion["rewards"]["overall"]
-    head = tag("div", tag("b", ", ".join(names)), tag("span", f"× {len(names)}", class_="times") if len(names) > 1 else None, advantage_bar(advantage, largest),
-               tag("span", "A ", tag("b", f"{advantage:+.2f}"), class_="num"), tag("span", "R ", tag("b", f"{paid:.2f}"), class_="num"),
+    times = tag("span", f"× {len(names)}", class_="times") if len(names) > 1 else None
+    head = tag("div", tag("b", ", ".join(names)), times, advantage_bar(advantage, largest),
+               tag("span", "A ", tag("b", _signed(advantage)), class_="num"), tag("span", "R ", tag("b", f"{paid:.2f}"), class_="num"),
                tag("span", f"{completion['length']} tokens", class_="num dim"), class_="head")
     return tag("li", head, _chips(completion), _words(completion, objects, longest))
 
-# %% ../nbs/16_explore.ipynb #2b5df2d3
+# %% ../nbs/16_explore.ipynb #166f88eb
 def _gathered(completions: Sequence[Mapping]) -> list[tuple[list[str], Mapping]]:
     "The completions best first, those that are the same in text, reward and advantage together."
     found: dict[tuple, tuple[list[str], Mapping]] = {}
-    for i, c in enumerate(completions, 1): found.setdefault((c["text"], c["rewards"]["overall"], round(c["advantage"], 6)), ([], c))[0].append(f"c{i}")
+    for i, c in enumerate(completions, 1):
+        same = (c["text"], c["rewards"]["overall"], round(c["advantage"], 6))
+        found.setdefault(same, ([], c))[0].append(f"c{i}")
     return sorted(found.values(), key=lambda row: -row[1]["advantage"])
 
 
@@ -274,7 +339,10 @@ def _picture(record: Mapping, picture: Image.Image | str | Path | None) -> Html:
     try: return tag("img", src=picture_uri(picture), alt=alt)
     except (FileNotFoundError, ValueError): return tag("div", f"{Path(picture).name} is missing or damaged", class_="nopic bad")
 
-# %% ../nbs/16_explore.ipynb #369fb9db
+# %% ../nbs/16_explore.ipynb #64b662da
+_NOTHING = tag("p", "All were paid the same, so no advantage: this group teaches nothing.", class_="half")
+
+
 def group_html(
     record: Mapping,  # a group, as `group_record` makes it and samples/ holds it
     picture: Image.Image | str | Path | None = None,  # its picture, or the picture's file; None: shown without
@@ -286,12 +354,11 @@ def group_html(
     largest = max(abs(c["advantage"]) for c in completions)
     mean = sum(paid) / len(paid)
     facts = tag("div", tag("p", "annotated ", tag("b", record["label"])), tag("p", "holds ", " · ".join(objects), class_="dim") if objects else None,
-                tag("p", f"G = {len(paid)}, mean reward {mean:.2f}", class_="dim num"),
-                tag("p", "All were paid the same, so no advantage: this group teaches nothing.", class_="half") if largest == 0 else None, class_="facts")
+                tag("p", f"G = {len(paid)}, mean reward {mean:.2f}", class_="dim num"), _NOTHING if largest == 0 else None, class_="facts")
     cards = [_card(names, c, objects, largest, longest) for names, c in _gathered(completions)]
     return tag("article", tag("div", _picture(record, picture), facts, class_="side"), tag("ol", *cards), class_="group")
 
-# %% ../nbs/16_explore.ipynb #bdc89efc
+# %% ../nbs/16_explore.ipynb #a368b43c
 def show_group(
     group: Mapping | Experience,  # a record of `group_record`, or a whole step's experience
     picture: Image.Image | str | Path | None = None,  # the picture or its file; None: the experience's own, or the file that the record names
@@ -303,12 +370,12 @@ def show_group(
         group = group_record(group, index, "")
     return fragment(group_html(group, group.get("picture") if picture is None else picture))
 
-# %% ../nbs/16_explore.ipynb #77f1c9a1
+# %% ../nbs/16_explore.ipynb #e245c97a
 def reprice(
     record: Mapping,  # a group
     weights: RewardWeights,  # the new prices
 ) -> dict:  # the group with new rewards and advantages
-    "Returns a group as it would have been paid under other weights (Eq. 6); which completions are right, in form, consistent and coherent stays as it was recorded."
+    "Returns a group as it would have been paid under other weights (Eq. 6); what is right, in form, consistent and coherent stays as it was recorded."
     def repaid(c: Mapping) -> dict:
         paid, verdict = c["rewards"], c.get("verdict") or {}
         judged = {name: weights.unparseable if verdict.get(f"{name}_answer") is None else paid[name] for name in ("consistency", "coherence")}
@@ -318,20 +385,30 @@ def reprice(
     advantages = group_advantages(torch.tensor([[r["overall"] for r in rewards]], dtype=torch.float64), weights.std, weights.eps)[0].tolist()
     return {**record, "completions": [{**c, "rewards": r, "advantage": a} for c, r, a in zip(record["completions"], rewards, advantages)]}
 
-# %% ../nbs/16_explore.ipynb #59f360e4
+# %% ../nbs/16_explore.ipynb #e84815a1
 _SHARES = {"accuracy": "a", "consistency": "b", "coherence": "c", "format": "d"}  # share -> colour
 
 
 def _share_bar(completion: Mapping, weights: RewardWeights, most: float) -> Html:
-    shares = reward_shares(RewardRecord(**completion["rewards"]), weights)
-    pieces = [tag("i", class_=f"w {_SHARES[name]}", style=f"width:{100 * value / most:.2f}%", title=f"{name}: {value:.3f}") for name, value in shares.items() if value > 0]
-    said = ", ".join(f"{name} {value:.2f}" for name, value in shares.items() if value > 0)
-    return tag("span", *pieces, class_="stack", role="img", aria_label=f"reward {completion['rewards']['overall']:.3f}: {said or 'nothing'}")
+    shares = {name: value for name, value in reward_shares(RewardRecord(**completion["rewards"]), weights).items() if value > 0}
+    pieces = [tag("i", class_=f"w {_SHARES[name]}", style=f"width:{100 * value / most:.2f}%", title=f"{name}: {value:.3f}") for name, value in shares.items()]
+    said = ", ".join(f"{name} {value:.2f}" for name, value in shares.items()) or "nothing"
+    return tag("span", *pieces, class_="stack", role="img", aria_label=f"reward {completion['rewards']['overall']:.3f}: {said}")
 
 
 def _ranks(record: Mapping) -> list[int]: # the place of each completion, 1 is the best; equals share the better place
     paid = [c["rewards"]["overall"] for c in record["completions"]]
     return [1 + sum(other > mine for other in paid) for mine in paid]
+
+
+def _moved(by: int) -> Html | None: # places gained
+    return tag("span", f"{'▲' if by > 0 else '▼'} {abs(by)}", class_="good" if by > 0 else "bad") if by else None
+
+# %% ../nbs/16_explore.ipynb #7a8ae3c9
+def _heading(names: Sequence[str]) -> Html: return tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
+
+
+def _cells(*values: object) -> Html: return join(tag("td", value, class_="num") for value in values)
 
 
 def ranking_html(
@@ -340,23 +417,24 @@ def ranking_html(
 ) -> Html:
     "Returns a group's completions ranked under given prices: shares of the reward, advantage, and who moved up or down."
     now, before = reprice(record, weights), _ranks(record)
-    after, most = _ranks(now), weights.lambda_accuracy + weights.lambda_format + weights.lambda_reflective * (1 if weights.reflective == "mean" else 2)
-    largest = max(abs(c["advantage"]) for c in now["completions"])
-    move = lambda i: tag("span", f"▲ {before[i] - after[i]}", class_="good") if after[i] < before[i] else tag("span", f"▼ {after[i] - before[i]}", class_="bad") if after[i] > before[i] else ""
-    rows = [tag("tr", tag("td", str(after[i]), class_="num"), tag("td", move(i), class_="num"), tag("th", f"c{i + 1}", scope="row"), tag("td", _share_bar(now["completions"][i], weights, most)),
-                tag("td", f"{now['completions'][i]['rewards']['overall']:.3f}", class_="num"), tag("td", advantage_bar(now["completions"][i]["advantage"], largest)),
-                tag("td", f"{now['completions'][i]['advantage']:+.2f}", class_="num")) for i in sorted(range(len(after)), key=lambda i: after[i])]
-    head = tag("tr", *(tag("th", name, scope="col") for name in ("rank", "moved", "", "reward by share", "R", "advantage", "A")))
+    after, completions = _ranks(now), now["completions"]
+    most = weights.lambda_accuracy + weights.lambda_format + weights.lambda_reflective * (1 if weights.reflective == "mean" else 2)
+    largest = max(abs(c["advantage"]) for c in completions)
+    rows = []
+    for i in sorted(range(len(after)), key=lambda i: after[i]):
+        c = completions[i]
+        paid = (_share_bar(c, weights, most), f"{c['rewards']['overall']:.3f}", advantage_bar(c["advantage"], largest), _signed(c["advantage"]))
+        rows.append(tag("tr", _cells(after[i], _moved(before[i] - after[i]) or ""), tag("th", f"c{i + 1}", scope="row"), _cells(*paid)))
     key = tag("p", *(tag("span", tag("i", class_=f"w {colour}"), f" {name}", class_="key") for name, colour in _SHARES.items()), class_="dim")
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="ranking"), key, class_="scroll")
+    table = tag("table", _heading(("rank", "moved", "", "reward by share", "R", "advantage", "A")), tag("tbody", *rows), class_="ranking")
+    return tag("div", table, key, class_="scroll")
 
-# %% ../nbs/16_explore.ipynb #73a5aaeb
+# %% ../nbs/16_explore.ipynb #2aa16f46
 def reward_sliders(
     record: Mapping,  # a group
 ) -> widgets.VBox:  # its controls are the attributes lambda_reflective, lambda_format and preset, its table is `shown`
     "Returns sliders for l1 and l2 and a choice of preset that rank a group anew as they move; together the weights stay within 1."
-    slider = lambda name, text: widgets.FloatSlider(value=getattr(RewardWeights(), name), min=0, max=1, step=0.01, description=text, readout_format=".2f", continuous_update=True)
-    l1, l2 = slider("lambda_reflective", "λ₁ reflection"), slider("lambda_format", "λ₂ format")
+    l1, l2 = (widgets.FloatSlider(value=0.1, min=0, max=1, step=0.01, description=text) for text in ("λ₁ reflection", "λ₂ format"))
     preset, shown = widgets.ToggleButtons(options=("paper", "released"), description="preset"), widgets.HTML()
 
     def show(change: Mapping | None = None) -> None:
@@ -374,7 +452,7 @@ def reward_sliders(
     box.lambda_reflective, box.lambda_format, box.preset, box.shown = l1, l2, preset, shown
     return box
 
-# %% ../nbs/16_explore.ipynb #64a0048c
+# %% ../nbs/16_explore.ipynb #194e6626
 def token_loss(
     ratio: float,  # how much likelier the token has become
     advantage: float,
@@ -388,7 +466,7 @@ def token_loss(
     (slope,) = torch.autograd.grad(loss, logp)
     return loss.item(), slope.item()
 
-# %% ../nbs/16_explore.ipynb #5c3c3ca5
+# %% ../nbs/16_explore.ipynb #3be3c74a
 def plot_clip(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.3,
@@ -405,13 +483,14 @@ def plot_clip(
     ax.fill_between(r, 0, 1, where=flat, transform=ax.get_xaxis_transform(), color="#dfe3ea", lw=0, label="no gradient")
     ax.plot(r, -r * advantage, color="#8a93a5", ls="--", lw=1, label="unclipped")
     ax.plot(r, loss, color=_LIGHT["a"], lw=2.2, label="loss")
-    ax.plot([ratio], [token_loss(max(ratio, 1e-9), advantage, epsilon_low, epsilon_high, delta)[0]], "o", color=_LIGHT["b"], ms=8, label=f"a token at {ratio:.2f}")
+    here = token_loss(max(ratio, 1e-9), advantage, epsilon_low, epsilon_high, delta)[0]
+    ax.plot([ratio], [here], "o", color=_LIGHT["b"], ms=8, label=f"a token at {ratio:.2f}")
     ax.axvline(1, color="#8a93a5", lw=0.8, ls=":")
     ax.set(xlabel="ratio ρ", ylabel="loss", xlim=(0, 4), title=f"A = {advantage:+g}")
     ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/16_explore.ipynb #f21f84a2
+# %% ../nbs/16_explore.ipynb #a22cf26e
 _KINDS = {"k1": (_LIGHT["e"], ":"), "k2": (_LIGHT["c"], "--"), "k3": (_LIGHT["d"], "-")}  # colour and line of each estimator
 
 
@@ -421,29 +500,30 @@ def plot_kl(
 ) -> Axes:
     "Draws the KL estimators k1, k2 and k3 over the ratio of policy to reference, with one token marked; returns the axes (Eq. 1)."
     ax = ax or Figure(figsize=(5.2, 3.2), layout="constrained").subplots()
-    r = torch.linspace(0.05, 4, 400, dtype=torch.float64)
+    r, here = torch.linspace(0.05, 4, 400, dtype=torch.float64), torch.tensor([max(ratio, 1e-9)], dtype=torch.float64)
     for kind, (colour, line) in _KINDS.items():
-        at = lambda v: kl_estimate(torch.as_tensor(v, dtype=torch.float64).log(), torch.zeros(1, dtype=torch.float64).expand(torch.as_tensor(v).shape), kind)
-        ax.plot(r, at(r), color=colour, ls=line, lw=2, label=kind)
-        ax.plot([ratio], at([max(ratio, 1e-9)]), "o", color=colour, ms=6)
+        ax.plot(r, kl_estimate(r.log(), torch.zeros_like(r), kind), color=colour, ls=line, lw=2, label=kind)
+        ax.plot([ratio], kl_estimate(here.log(), torch.zeros_like(here), kind), "o", color=colour, ms=6)
     ax.axhline(0, color="#8a93a5", lw=0.8); ax.axvline(1, color="#8a93a5", lw=0.8, ls=":")
     ax.set(xlabel="ratio π / π_ref", ylabel="estimate, nats", xlim=(0, 4), ylim=(-2.2, 3.2), title="KL to the reference, from one token")
     ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/16_explore.ipynb #7844eb94
+# %% ../nbs/16_explore.ipynb #5dcdcd70
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "emo_r3", "font.family": "sans-serif"}): figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "emo_r3", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg"):]
 
 
 def clip_explorer() -> widgets.VBox:  # its controls are the attributes epsilon_low, epsilon_high, delta, dual, sign and ratio, its page is `shown`
     "Returns sliders for the clip's bounds, the advantage's sign and a token's ratio, with the loss and the KL estimators drawn as they move."
-    slider = lambda value, low, high, step, text: widgets.FloatSlider(value=value, min=low, max=high, step=step, description=text, readout_format=".2f")
-    low, high, delta, ratio = slider(0.2, 0, 1, 0.01, "ε low"), slider(0.3, 0, 2, 0.01, "ε high"), slider(3.0, 1.05, 4, 0.05, "δ"), slider(1.0, 0.05, 4, 0.05, "ratio")
-    dual, sign = widgets.Checkbox(value=True, description="dual clip"), widgets.ToggleButtons(options=(("wanted, A = +1", 1.0), ("unwanted, A = −1", -1.0)))
-    shown = widgets.HTML()
+    slider = lambda text, value, low, high, step: widgets.FloatSlider(value=value, min=low, max=high, step=step, description=text)
+    low, high = slider("ε low", 0.2, 0, 1, 0.01), slider("ε high", 0.3, 0, 2, 0.01)
+    delta, ratio = slider("δ", 3.0, 1.05, 4, 0.05), slider("ratio", 1.0, 0.05, 4, 0.05)
+    dual, shown = widgets.Checkbox(value=True, description="dual clip"), widgets.HTML()
+    sign = widgets.ToggleButtons(options=(("wanted, A = +1", 1.0), ("unwanted, A = −1", -1.0)))
 
     def show(change: Mapping | None = None) -> None:
         bounds = dict(epsilon_low=low.value, epsilon_high=high.value, delta=delta.value if dual.value else None)
@@ -452,7 +532,8 @@ def clip_explorer() -> widgets.VBox:  # its controls are the attributes epsilon_
         plot_clip(**bounds, advantage=sign.value, ratio=ratio.value, ax=left); plot_kl(ratio.value, right)
         loss, slope = token_loss(ratio.value, sign.value, **bounds)
         said = "held: no gradient" if slope == 0 else f"gradient {slope:+.2f}: the token is made {'likelier' if slope < 0 else 'rarer'}"
-        shown.value = str(tag("div", tag("p", f"ratio {ratio.value:.2f}: loss {loss:+.2f}, {said}"), Html(_svg(figure)), style="background:#fff;color:#1b2230;padding:8px"))
+        words = tag("p", f"ratio {ratio.value:.2f}: loss {loss:+.2f}, {said}")
+        shown.value = str(tag("div", words, Html(_svg(figure)), style="background:#fff;color:#1b2230;padding:8px"))
 
     for control in (low, high, delta, ratio, dual, sign): control.observe(show, names="value")
     show()
@@ -460,7 +541,7 @@ def clip_explorer() -> widgets.VBox:  # its controls are the attributes epsilon_
     box.epsilon_low, box.epsilon_high, box.delta, box.ratio, box.dual, box.sign, box.shown = low, high, delta, ratio, dual, sign, shown
     return box
 
-# %% ../nbs/16_explore.ipynb #a1098bb3
+# %% ../nbs/16_explore.ipynb #e4f96969
 def _read_json(path: Path) -> dict:
     try: found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{path}: not readable as JSON ({error})") from error
@@ -477,7 +558,8 @@ def read_metrics(
     for i, line in enumerate(lines[:-1], 1):  # what follows the last line break was not finished
         try: rows.append(json.loads(line))
         except ValueError as error: raise ValueError(f"{path}, line {i}: not readable as JSON ({error})") from error
-        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("step"), int): raise ValueError(f"{path}, line {i}: has no whole number 'step'")
+        if not isinstance(rows[-1], dict) or not isinstance(rows[-1].get("step"), int):
+            raise ValueError(f"{path}, line {i}: has no whole number 'step'")
     return rows, bool(lines[-1].strip())
 
 
@@ -492,7 +574,7 @@ def read_sample(
         if not record.get("completions"): raise ValueError(f"{path}: group {i} has no completions")
     return sample
 
-# %% ../nbs/16_explore.ipynb #d830dca6
+# %% ../nbs/16_explore.ipynb #7c2518cc
 def read_config(
     folder: Path,  # a run's
 ) -> dict:
@@ -515,11 +597,12 @@ def read_summary(
     summary = _read_json(path)
     for when in ("before", "after"):
         for domain, figures in (summary.get(when) or {}).items():
+            found = figures if isinstance(figures, dict) else {}
             for name in ("accuracy", "n"):
-                if not isinstance(figures.get(name) if isinstance(figures, dict) else None, (int, float)): raise ValueError(f"{path}: {when}.{domain} has no number {name!r}")
+                if not isinstance(found.get(name), (int, float)): raise ValueError(f"{path}: {when}.{domain} has no number {name!r}")
     return summary
 
-# %% ../nbs/16_explore.ipynb #b1da3d05
+# %% ../nbs/16_explore.ipynb #9be9d8a9
 def browse_groups(
     run_folder: str | Path,  # of a run, also while it is going on
 ) -> widgets.VBox:  # its controls are the attributes position, previous and next, its page is `shown`
@@ -528,8 +611,9 @@ def browse_groups(
     pages = [(path, i) for path in sorted(folder.glob("step_*.json")) for i in range(len(read_sample(path)["groups"]))]
     if not pages: raise FileNotFoundError(f"{folder}: holds no step_*.json; train with sample_every above 0")
     name = lambda page: f"step {int(page[0].stem.removeprefix('step_'))}, picture {page[1] + 1}"
-    position = widgets.SelectionSlider(options=[(name(page), i) for i, page in enumerate(pages)], value=0, continuous_update=False, layout=widgets.Layout(width="460px"))
-    previous, next_, shown = widgets.Button(description="◀", tooltip="previous group"), widgets.Button(description="▶", tooltip="next group"), widgets.HTML()
+    options = [(name(page), i) for i, page in enumerate(pages)]
+    position, shown = widgets.SelectionSlider(options=options, value=0, continuous_update=False, layout=widgets.Layout(width="460px")), widgets.HTML()
+    previous, next_ = (widgets.Button(description=sign, tooltip=f"{which} group") for sign, which in (("◀", "previous"), ("▶", "next")))
 
     def show(change: Mapping | None = None) -> None:
         path, i = pages[position.value]
@@ -544,7 +628,7 @@ def browse_groups(
     box.position, box.previous, box.next, box.shown = position, previous, next_, shown
     return box
 
-# %% ../nbs/16_explore.ipynb #ea8ab62b
+# %% ../nbs/16_explore.ipynb #9ec8715e
 @dataclass(frozen=True)
 class Line:
     "One line of a chart."
@@ -554,8 +638,8 @@ class Line:
     y: Sequence[float]  # values, as many
     low: Sequence[float] | None = None  # lower end of a band, or of the dots' intervals
     high: Sequence[float] | None = None  # upper end
-    dots: bool = False  # measured now and then
-    dash: bool = False  # dashed, for what is told apart without colour
+    kind: str = "trend"  # "trend": of every step, smoothed; "dots": measured now and then; "ends": before and after
+    dash: bool = False  # dashed, to be told apart without colour
 
 
 def smooth(
@@ -569,8 +653,8 @@ def smooth(
     ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
     return [(total[stop] - total[start]) / (stop - start) for start, stop in ends]
 
-# %% ../nbs/16_explore.ipynb #3faadac3
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 380, 196, 42, 10, 24
+# %% ../nbs/16_explore.ipynb #20f1c172
+_HEIGHT, _LEFT, _TOP, _BOTTOM = 190, 40, 10, 24
 
 
 @dataclass(frozen=True)
@@ -578,50 +662,54 @@ class _Frame:
     "Where values lie in a chart."
     x: tuple[float, float]  # first and last step
     y: tuple[float, float]
-    right: float  # room for the lines' names
+    end: float  # right edge of the curves; the lines' names stand behind it
 
-    def at(self, x: float, y: float) -> str:
+    def at(self, x: float, y: float) -> tuple[float, float]:
         fx = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
         fy = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
-        return f"{_LEFT + fx * (_WIDTH - _LEFT - self.right):.1f},{_HEIGHT - _BOTTOM - fy * (_HEIGHT - _TOP - _BOTTOM):.1f}"
+        return round(_LEFT + fx * (self.end - _LEFT), 1), round(_HEIGHT - _BOTTOM - fy * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    def path(self, xs: Sequence[float], ys: Sequence[float]) -> str: return "M" + "L".join(self.at(x, y) for x, y in zip(xs, ys))
+    def path(self, xs: Sequence[float], ys: Sequence[float]) -> str: return "M" + "L".join("{},{}".format(*self.at(x, y)) for x, y in zip(xs, ys))
 
 
-def _frame(lines: Sequence[Line], bounds: tuple[float | None, float | None]) -> _Frame:
+def _frame(lines: Sequence[Line], bounds: tuple[float | None, float | None], width: int, named: bool) -> _Frame:
     values = [v for line in lines for part in (line.y, line.low or (), line.high or ()) for v in part]
     low, high = (edge if fixed is None else fixed for fixed, edge in zip(bounds, (min(values), max(values))))
     if high <= low: low, high = (low, low + 1) if bounds[0] is not None else (low - 0.5, low + 0.5)
-    room = 12 if len(lines) == 1 else 14 + 6.4 * max(len(line.label) for line in lines)
     steps = [x for line in lines for x in line.x]
-    return _Frame((min(steps), max(steps)), (low, high + (0 if bounds[1] is not None else 0.04 * (high - low))), room)
+    above = 0 if bounds[1] is not None else 0.04 * (high - low)  # so that a curve does not touch the edge
+    names = 14 + 6.3 * max(len(line.label) for line in lines) if named else 10
+    return _Frame((min(steps), max(steps)), (low, high + above), width - names)
 
-# %% ../nbs/16_explore.ipynb #e1abef47
+# %% ../nbs/16_explore.ipynb #300f2c84
 def _number(value: float, percent: bool) -> str:
-    return f"{100 * value:.0f} %" if percent else f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.1e}"
+    if percent: return f"{100 * value:.0f} %"
+    size = abs(value)
+    return f"{value:.0f}" if size >= 100 or value == 0 else f"{value:.1f}" if size >= 10 else f"{value:.2f}" if size >= 0.1 else f"{value:.2g}"
 
 
 def _axes(frame: _Frame, percent: bool) -> Html:
     parts = []
     for v in MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(*frame.y):
         if not frame.y[0] - 1e-12 <= v <= frame.y[1] + 1e-12: continue
-        x, y = frame.at(frame.x[0], v).split(",")
-        parts += [tag("line", x1=x, x2=_WIDTH - frame.right, y1=y, y2=y, class_="grid"), tag("text", _number(v, percent), x=_LEFT - 6, y=f"{float(y) + 3.5:.1f}", text_anchor="end")]
+        y = frame.at(0, v)[1]
+        parts += [tag("line", x1=_LEFT, x2=frame.end, y1=y, y2=y, class_="grid"),
+                  tag("text", f"{100 * v:.3g} %" if percent else f"{v:.4g}", x=_LEFT - 6, y=y + 3.5, text_anchor="end")]
     for v in MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]).tick_values(*frame.x):
-        if frame.x[0] <= v <= frame.x[1]: parts.append(tag("text", f"{v:.0f}", x=frame.at(v, 0).split(",")[0], y=_HEIGHT - 6, text_anchor="middle"))
+        if frame.x[0] <= v <= frame.x[1]: parts.append(tag("text", f"{v:.0f}", x=frame.at(v, 0)[0], y=_HEIGHT - 6, text_anchor="middle"))
     return join(parts)
 
 
-def _end_labels(frame: _Frame, lines: Sequence[Line]) -> Html:
+def _names(frame: _Frame, lines: Sequence[Line]) -> Html:
     "The lines' names at their ends, pushed apart where they would overlap."
-    if len(lines) == 1: return Html()
-    wanted = sorted((float(frame.at(0, smooth(line.y)[-1]).split(",")[1]), i) for i, line in enumerate(lines))
+    wanted = sorted((frame.at(0, smooth(line.y)[-1])[1], i) for i, line in enumerate(lines))
     at = [y for y, _ in wanted]
     for i in range(1, len(at)): at[i] = max(at[i], at[i - 1] + 12)
     shift = max(0.0, at[-1] - (_HEIGHT - _BOTTOM))
-    return join(tag("text", lines[i].label, x=f"{_WIDTH - frame.right + 7:.1f}", y=f"{y - shift + 3.5:.1f}", class_=f"t {lines[i].colour}") for y, (_, i) in zip(at, wanted))
+    name = lambda line, y: tag("text", line.label, x=frame.end + 7, y=round(y - shift + 3.5, 1), class_=f"t {line.colour}")
+    return join(name(lines[i], y) for y, (_, i) in zip(at, wanted))
 
-# %% ../nbs/16_explore.ipynb #4404ea64
+# %% ../nbs/16_explore.ipynb #4ea80f4e
 def _thinned(line: Line, most: int = 240) -> Line:
     "A long series as means of neighbours, so that a run of 10,000 steps makes no larger page than one of 200."
     size = -(-len(line.x) // most)
@@ -630,36 +718,49 @@ def _thinned(line: Line, most: int = 240) -> Line:
     return replace(line, x=mean(line.x), y=mean(line.y), low=mean(line.low), high=mean(line.high))
 
 
-def _draw(frame: _Frame, line: Line, percent: bool) -> Html:
-    said = tag("title", f"{line.label}: {_number(line.y[0], percent)} at step {line.x[0]:.0f}, {_number(line.y[-1], percent)} at step {line.x[-1]:.0f}")
-    kind = f"{line.colour}{' dash' if line.dash else ''}"
-    if line.dots:
-        whiskers = [tag("path", d=f"M{frame.at(x, a)}L{frame.at(x, b)}", class_=f"whisker {kind}") for x, a, b in zip(line.x, line.low or (), line.high or ())]
-        points = [tag("circle", tag("title", f"{line.label} at step {x:.0f}: {_number(y, percent)}"), cx=frame.at(x, y).split(",")[0], cy=frame.at(x, y).split(",")[1], r=3.2, class_=f"dot {kind}") for x, y in zip(line.x, line.y)]
-        return tag("g", tag("path", said, d=frame.path(line.x, line.y), class_=f"strong {kind}"), *whiskers, *points)
-    thin, trend = _thinned(line), _thinned(replace(line, y=smooth(line.y)))
-    band = None
-    if line.low is not None: band = tag("path", d=frame.path(thin.x, thin.high) + "L" + frame.path(thin.x[::-1], thin.low[::-1])[1:] + "Z", class_=f"band {kind}")
-    return tag("g", band, tag("path", d=frame.path(thin.x, thin.y), class_=f"hair {kind}") if trend.y != thin.y else None, tag("path", said, d=frame.path(trend.x, trend.y), class_=f"strong {kind}"))
+def _dots(frame: _Frame, line: Line, percent: bool) -> Html:
+    "Dots with their intervals, joined: strongly where the same thing was measured again, by a hair from before to after."
+    colour = f"{line.colour}{' dash' if line.dash else ''}"
+    whiskers = [tag("path", d=frame.path((x, x), (a, b)), class_=f"whisker {colour}") for x, a, b in zip(line.x, line.low or (), line.high or ())]
+    points = []
+    for x, y in zip(line.x, line.y):
+        said, (cx, cy) = tag("title", f"{line.label} at step {x:.0f}: {_number(y, percent)}"), frame.at(x, y)
+        points.append(tag("circle", said, cx=cx, cy=cy, r=4 if line.kind == "ends" else 2.8, class_=f"{line.kind} {colour}"))
+    return tag("g", tag("path", d=frame.path(line.x, line.y), class_=f"{'hair' if line.kind == 'ends' else 'strong'} {colour}"), *whiskers, *points)
 
-# %% ../nbs/16_explore.ipynb #fba480e7
+
+def _trend(frame: _Frame, line: Line, percent: bool) -> Html:
+    "A hair line for every step, a strong one for the moving average, and a band where there is one."
+    colour = f"{line.colour}{' dash' if line.dash else ''}"
+    thin, strong = _thinned(line), _thinned(replace(line, y=smooth(line.y)))
+    parts = [tag("path", d=f"{frame.path(thin.x, thin.high)}L{frame.path(thin.x[::-1], thin.low[::-1])[1:]}Z", class_="band")] if line.low is not None else []
+    if strong.y != thin.y: parts.append(tag("path", d=frame.path(thin.x, thin.y), class_=f"hair {colour}"))
+    said = tag("title", f"{line.label}: {_number(strong.y[0], percent)} at step {line.x[0]:.0f}, {_number(strong.y[-1], percent)} at step {line.x[-1]:.0f}")
+    return tag("g", *parts, tag("path", said, d=frame.path(strong.x, strong.y), class_=f"strong {colour}"))
+
+# %% ../nbs/16_explore.ipynb #5a1ac1d9
 def line_chart(
     title: str,
     note: str,  # one sentence: how to read it
     lines: Sequence[Line],  # at least one, of at least one point each
     percent: bool = False,  # values are shares, shown in percent
     bounds: tuple[float | None, float | None] = (None, None),  # of the vertical axis; None: from the values
+    width: int = 340,  # in the units in which its letters are 11 high; the page scales it
+    named: bool = True,  # several lines carry their names at their ends
 ) -> Html:
     "Returns a chart of values over training steps as a figure with inline SVG."
-    frame, first = _frame(lines, bounds), smooth(lines[0].y)
-    change = f"{_number(first[0], percent)} → {_number(first[-1], percent)}"
-    said = f"{title}. " + "; ".join(f"{line.label} from {_number(smooth(line.y)[0], percent)} to {_number(smooth(line.y)[-1], percent)}" for line in lines)
-    picture = tag("svg", _axes(frame, percent), *(_draw(frame, line, percent) for line in lines), _end_labels(frame, lines), viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=said)
-    return tag("figure", tag("figcaption", tag("b", title), tag("span", change, class_="num dim"), class_="cap"), picture, tag("p", note, class_="dim note"), class_="chart")
+    named = named and len(lines) > 1
+    frame = _frame(lines, bounds, width, named)
+    ends = [" → ".join(_number(smooth(line.y)[end], percent) for end in (0, -1)) for line in lines]
+    drawn = [(_trend if line.kind == "trend" else _dots)(frame, line, percent) for line in lines]
+    said = f"{title}. " + "; ".join(f"{line.label} {end}" for line, end in zip(lines, ends))
+    picture = tag("svg", _axes(frame, percent), *drawn, _names(frame, lines) if named else None, viewBox=f"0 0 {width} {_HEIGHT}", role="img", aria_label=said)
+    caption = tag("figcaption", tag("b", title), tag("span", ends[0], class_="num dim"), class_="cap")
+    return tag("figure", caption, picture, tag("p", note, class_="dim note") if note else None, class_="chart")
 
-# %% ../nbs/16_explore.ipynb #aa4b6667
+# %% ../nbs/16_explore.ipynb #aeb9d8ee
 class RunReport:
-    "Everything about one run on one page. Raises FileNotFoundError or ValueError, naming the file, for a folder that is no run or a file that is broken."
+    "Everything about one run on one page. Raises FileNotFoundError or ValueError, naming the file, where it is missing or broken."
     def __init__(self, run_folder: str | Path,  # of a run, finished or not
                  ):
         self.folder = Path(run_folder)
@@ -669,9 +770,11 @@ class RunReport:
         self.samples = sorted((self.folder / "samples").glob("step_*.json"))
 
     def curve(self, name: str,  # a metric
+              rows: Sequence[Mapping] | None = None,  # some of the run's rows; None: all
               ) -> tuple[list[float], list[float]]:
-        "Returns the steps at which a metric was recorded, and its finite values; an evaluation after the last step counts to that step."
-        found = [(row["step"], row[name]) for row in self.rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
+        "Returns a metric's steps and finite values; an evaluation after the last step counts to that step."
+        rows = self.rows if rows is None else rows
+        found = [(row["step"], row[name]) for row in rows if isinstance(row.get(name), (int, float)) and math.isfinite(row[name])]
         end = self.steps[-1]["step"] if self.steps else math.inf
         return [min(step, end) for step, _ in found], [float(value) for _, value in found]
 
@@ -684,32 +787,30 @@ class RunReport:
     @property
     def domains(self) -> list[str]:
         "The domains that were evaluated before and after, the one that was trained on first."
-        if not self.summary: return []
-        both = [d for d in self.summary.get("before") or {} if d in (self.summary.get("after") or {})]
-        return sorted(both, key=lambda d: d != "in_domain")
+        before, after = ((self.summary or {}).get(when) or {} for when in ("before", "after"))
+        return sorted((d for d in before if d in after), key=lambda d: d != "in_domain")
 
-    def html(self) -> str:
-        "Returns the page."
-        return report_page(self)
+    def html(self) -> str: return report_page(self)
 
     def write(self, path: str | Path | None = None,  # None: report.html in the run's folder
               ) -> Path:
         "Writes the page, whole or not at all, and returns its path; raises OSError where it cannot be written."
-        target = self.folder / "report.html" if path is None else Path(path)
+        target, page = self.folder / "report.html" if path is None else Path(path), self.html()
         partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
         try:
-            partial.write_text(self.html(), encoding="utf-8")
+            partial.write_text(page, encoding="utf-8")
             return partial.replace(target)
+        except OSError as error: raise OSError(error.errno, error.strerror, str(target)) from error
         finally: partial.unlink(missing_ok=True)
 
-# %% ../nbs/16_explore.ipynb #93b9e1d8
-def _percent(value: float | None) -> str: return "–" if value is None else f"{100 * value:.1f} %"
+# %% ../nbs/16_explore.ipynb #15b2a4c6
+def _percent(value: float | None) -> str: return "–" if value is None else f"{100 * value:.1f}\u00a0%"  # a space that does not break
 
 
 def _words_of(name: str) -> str: return name.replace("_", " ")
 
 
-def _points(difference: float) -> str: return f"{100 * difference:+.1f}".replace("-", "−")
+def _points(difference: float, digits: int = 1) -> str: return _signed(100 * difference, digits)
 
 
 def _p(value: float) -> str: return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
@@ -731,16 +832,16 @@ def direction(
     else: sure = _interval(before)[1] < _interval(after)[0] or _interval(after)[1] < _interval(before)[0]
     return ("rose" if up else "fell") if sure and after["accuracy"] != before["accuracy"] else "unclear"
 
-# %% ../nbs/16_explore.ipynb #be38cdcc
+# %% ../nbs/16_explore.ipynb #b119a43d
 def _accuracy_sentence(run: RunReport, domain: str) -> Html:
     b, a = run.summary["before"][domain], run.summary["after"][domain]
     c = (run.summary.get("comparison") or {}).get(domain)
-    difference = a["accuracy"] - b["accuracy"]
-    why = f"{c['gained']} of {c['n']} pictures gained, {c['lost']} lost, McNemar {_p(c['p_value'])}" if c else f"{a['n']:.0f} pictures, answers not paired"
-    moved, numbers = direction(b, a, c), f"from {_percent(b['accuracy'])} to {_percent(a['accuracy'])}"
-    if moved == "unclear":
-        return join(["Accuracy ", tag("b", _words_of(domain)), f" went {numbers} ({_points(difference)} points; {why}), ", tag("b", "a change that chance could explain"), ". "])
-    return join(["Accuracy ", tag("b", _words_of(domain)), " ", tag("b", f"{moved} {numbers}", class_="good" if moved == "rose" else "bad"), f" ({_points(difference)} points; {why}). "])
+    why = f"{a['n']:.0f} pictures, answers not paired"
+    if c: why = f"{c['gained']} of {c['n']} pictures gained, {c['lost']} lost, McNemar {_p(c['p_value'])}"
+    numbers, points = f"from {_percent(b['accuracy'])} to {_percent(a['accuracy'])}", f" ({_points(a['accuracy'] - b['accuracy'])} points; {why})"
+    name, moved = tag("b", _words_of(domain)), direction(b, a, c)
+    if moved == "unclear": return join(["Accuracy ", name, f" went {numbers}{points}, ", tag("b", "a change that chance could explain"), ". "])
+    return join(["Accuracy ", name, " ", tag("b", f"{moved} {numbers}", class_="good" if moved == "rose" else "bad"), f"{points}. "])
 
 
 def _other_domains_sentence(run: RunReport, domains: Sequence[str]) -> Html | None:
@@ -749,29 +850,39 @@ def _other_domains_sentence(run: RunReport, domains: Sequence[str]) -> Html | No
     for d in domains:
         b, a = run.summary["before"][d], run.summary["after"][d]
         moved = direction(b, a, (run.summary.get("comparison") or {}).get(d))
-        told.append(f"{_words_of(d)} {_points(a['accuracy'] - b['accuracy'])}" + (" (unclear)" if moved == "unclear" else ""))
+        told.append(f"{_words_of(d)} {_points(a['accuracy'] - b['accuracy'])}" + (" (within chance)" if moved == "unclear" else ""))
     return join(["Elsewhere, in points: ", ", ".join(told), ". "])
 
-# %% ../nbs/16_explore.ipynb #6c68026f
+# %% ../nbs/16_explore.ipynb #60fa90c6
+def _known(run: RunReport, domain: str, name: str) -> tuple[float, float] | None:
+    "A figure before and after, where both are known."
+    b, a = (run.summary[when][domain].get(name) for when in ("before", "after"))
+    return None if b is None or a is None else (b, a)
+
+
 def _reasoning_sentence(run: RunReport, domain: str) -> str | None:
-    b, a = run.summary["before"][domain], run.summary["after"][domain]
-    told = [f"{text} in {_percent(b[name])} of the answers before and {_percent(a[name])} after" for name, text in
-            (("grounding", "the description names only what is in the picture"), ("format", "the form is kept")) if b.get(name) is not None and a.get(name) is not None]
+    told = []
+    for name, text in (("grounding", "the description names only what is in the picture"), ("format", "the form is kept")):
+        if not (both := _known(run, domain, name)): continue
+        b, a = map(_percent, both)
+        told.append(f"{text} in {a} of the answers before and after" if a == b else f"{text} in {b} of the answers before and {a} after")
     return f"{'; '.join(told).capitalize()}. " if told else None
 
-
+# %% ../nbs/16_explore.ipynb #81fd477c
 def _warnings(run: RunReport) -> list[str]:
-    found, at_end = [], lambda name: (run.ends(name) or (0.0, 0.0))[1]
-    if run.domains:
-        b, a = run.summary["before"][run.domains[0]].get("grounding"), run.summary["after"][run.domains[0]].get("grounding")
-        if b is not None and a is not None and a < b - 0.05: found.append(f"grounding fell by {100 * (b - a):.0f} points, so the answers came at the price of the reasoning")
-    if run.ends("grounding") and run.ends("rewards/consistency/mean") and at_end("rewards/consistency/mean") > at_end("grounding") + 0.1:
-        found.append(f"the judge says Yes to {_percent(at_end('rewards/consistency/mean'))} of the step 1s while {_percent(at_end('grounding'))} are true")
-    if at_end("frac_reward_zero_std") > 0.5: found.append(f"at the end {_percent(at_end('frac_reward_zero_std'))} of the groups were paid alike and taught nothing")
-    if at_end("completions/clipped_ratio") > 0.05: found.append(f"at the end {_percent(at_end('completions/clipped_ratio'))} of the completions ran into the length limit")
+    last = lambda name: (run.ends(name) or (0.0, 0.0))[1]
+    share = lambda name: _percent(last(name))
+    true, nods = "grounding", "rewards/consistency/mean"
+    fell = both[0] - both[1] if run.domains and (both := _known(run, run.domains[0], "grounding")) else 0.0
+    found = []
+    if fell > 0.05: found.append(f"grounding fell by {100 * fell:.0f} points, so the answers came at the price of the reasoning")
+    if run.ends(true) and run.ends(nods) and last(nods) > last(true) + 0.1:
+        found.append(f"the judge says Yes to {share(nods)} of the step 1s while {share(true)} are true")
+    if last("frac_reward_zero_std") > 0.5: found.append(f"at the end {share('frac_reward_zero_std')} of the groups were paid alike and taught nothing")
+    if last("completions/clipped_ratio") > 0.05: found.append(f"at the end {share('completions/clipped_ratio')} of the completions ran into the length limit")
     return found
 
-# %% ../nbs/16_explore.ipynb #9ae85553
+# %% ../nbs/16_explore.ipynb #742f67a9
 _METHODS = {"emo_r3": "EMO-R3", "set": "SET without reflection", "grpo": "plain GRPO"}
 
 
@@ -783,17 +894,20 @@ def _time(seconds: float) -> str:
 
 def _opening(run: RunReport) -> str:
     method = _METHODS.get(run.config.get("method"), str(run.config.get("method")))
-    if run.summary: return f"{method} trained for {run.summary.get('steps', len(run.steps))} steps" + (f" in {_time(run.summary['wall_s'])}" if run.summary.get("wall_s") else "") + ". "
+    if run.summary:
+        took = f" in {_time(run.summary['wall_s'])}" if run.summary.get("wall_s") else ""
+        return f"{method} trained for {run.summary.get('steps', len(run.steps))} steps{took}. "
     reached = f"The last step on record is {run.steps[-1]['step']}." if run.steps else "No step is on record."
-    return f"This {method} run has not ended: summary.json is missing. {reached}{' The last line of metrics.jsonl is only half written.' if run.torn else ''} "
+    torn = " The last line of metrics.jsonl is only half written." if run.torn else ""
+    return f"This {method} run has not ended: summary.json is missing. {reached}{torn} "
 
 
 def verdict_html(
     run: RunReport,
 ) -> Html:
     "Returns the first paragraph: what changed, how sure that is, and what to watch."
-    said: list = [_opening(run)]
-    if run.domains: said += [_accuracy_sentence(run, run.domains[0]), _other_domains_sentence(run, run.domains[1:]), _reasoning_sentence(run, run.domains[0])]
+    said, domains = [_opening(run)], run.domains
+    if domains: said += [_accuracy_sentence(run, domains[0]), _other_domains_sentence(run, domains[1:]), _reasoning_sentence(run, domains[0])]
     else:
         reward = run.ends("reward")
         if reward: said.append(f"The mean reward of the sampled completions went from {reward[0]:.2f} to {reward[1]:.2f}. ")
@@ -802,77 +916,103 @@ def verdict_html(
     if warnings: said += [tag("b", "To watch: ", class_="half"), "; ".join(warnings), "."]
     return tag("p", *said, class_="verdict")
 
-# %% ../nbs/16_explore.ipynb #b2eab428
-def _dumbbell(before: Mapping, after: Mapping) -> Html:
+# %% ../nbs/16_explore.ipynb #5b979e6e
+def _dumbbell(
+    before: float,  # shares, 0 to 1
+    after: float,
+    intervals: tuple[tuple[float, float], tuple[float, float]] | None = None,  # of before and of after
+    guessing: float | None = None,  # what a guess would get right
+) -> Html:
+    "Returns a line from before to after on a scale from 0 to 1."
     place = lambda v: f"left:{100 * v:.1f}%"
-    (b0, b1), (a0, a1) = _interval(before), _interval(after)
-    labels = len((after.get("confusion") or {}).get("rows") or [])
-    low, high = sorted((before["accuracy"], after["accuracy"]))
-    return tag("div", tag("i", class_="chance", style=place(1 / labels), title=f"guessing: {_percent(1 / labels)}") if labels else None,
-               tag("i", class_="ci before", style=f"{place(b0)};width:{100 * (b1 - b0):.1f}%"), tag("i", class_="ci after", style=f"{place(a0)};width:{100 * (a1 - a0):.1f}%"),
-               tag("i", class_="way", style=f"{place(low)};width:{100 * (high - low):.1f}%"), tag("i", class_="pt before", style=place(before["accuracy"])), tag("i", class_="pt after", style=place(after["accuracy"])),
-               class_="dumbbell", role="img", aria_label=f"accuracy {_percent(before['accuracy'])} before, {_percent(after['accuracy'])} after")
+    span = lambda kind, low, high: tag("i", class_=kind, style=f"{place(low)};width:{100 * (high - low):.1f}%")
+    parts = [] if guessing is None else [tag("i", class_="chance", style=place(guessing), title=f"guessing: {_percent(guessing)}")]
+    if intervals: parts += [span("ci before", *intervals[0]), span("ci after", *intervals[1])]
+    parts += [span("way", *sorted((before, after))), *(tag("i", class_=f"pt {when}", style=place(v)) for when, v in (("before", before), ("after", after)))]
+    return tag("div", *parts, class_="dumbbell", role="img", aria_label=f"{_percent(before)} before, {_percent(after)} after")
+
+# %% ../nbs/16_explore.ipynb #51297c62
+def _guessing(figures: Mapping) -> float | None:
+    labels = (figures.get("confusion") or {}).get("rows")
+    return 1 / len(labels) if labels else None
 
 
 def _with_interval(figures: Mapping) -> Html:
     low, high = _interval(figures)
-    return join([tag("b", _percent(figures["accuracy"])), tag("span", f" {100 * low:.0f}–{100 * high:.0f}", class_="dim small")])
+    return join([tag("b", _percent(figures["accuracy"])), tag("div", f"{100 * low:.0f} to {100 * high:.0f}", class_="dim small")])
 
 
 def _shift(before: Mapping, after: Mapping, name: str) -> str:
     if before.get(name) is None and after.get(name) is None: return "–"
-    return f"{_percent(before.get(name))} → {_percent(after.get(name))}".replace(" %", "")
+    return f"{_percent(before.get(name))} → {_percent(after.get(name))}".replace("\u00a0%", "")
 
 
 def _change(before: Mapping, after: Mapping, comparison: Mapping | None) -> Html:
     moved = direction(before, after, comparison)
     mark, kind = {"rose": ("▲", "good"), "fell": ("▼", "bad"), "unclear": ("≈", "dim")}[moved]
-    low, high = (comparison or {}).get("ci95") or (None, None)
-    return join([tag("b", f"{mark} {_points(after['accuracy'] - before['accuracy'])}", class_=kind), None if low is None else tag("span", f" {_points(low)[:-2]} to {_points(high)[:-2]}", class_="dim small")])
+    points, ends = f"{mark} {_points(after['accuracy'] - before['accuracy'])}", (comparison or {}).get("ci95")
+    return join([tag("b", points, class_=kind), tag("div", f"{_points(ends[0], 0)} to {_points(ends[1], 0)}", class_="dim small") if ends else None])
 
-# %% ../nbs/16_explore.ipynb #1bacfece
+
+def _mcnemar(comparison: Mapping | None) -> Html:
+    if not comparison: return Html("–")
+    return join([_p(comparison["p_value"]), tag("div", f"{comparison['gained']} gained, {comparison['lost']} lost", class_="dim small")])
+
+
+def _lacking(text: str) -> Html: return tag("p", text, class_="dim")  # stands where there is nothing to show
+
+# %% ../nbs/16_explore.ipynb #76578d22
 _BESIDE = {"grounding": "grounding, %", "format": "format, %", "unparsed": "unparsed, %", "faithfulness": "faithful, %"}  # figure -> column
 
 
 def before_after_html(
     run: RunReport,
 ) -> Html:
-    "Returns the table of before and after by domain, with Wilson intervals and, where answers were paired, McNemar's test; or a note that there was no evaluation."
-    if not run.domains: return tag("p", "No evaluation was made before and after the training.", class_="dim")
+    "Returns the table of before and after by domain, with Wilson intervals and, where answers were paired, McNemar's test; or a note."
+    if run.summary is None: return _lacking("The run has not ended, so there is nothing to compare yet.")
+    if not run.domains: return _lacking("No evaluation was made before and after the training.")
     before, after, paired = run.summary["before"], run.summary["after"], run.summary.get("comparison") or {}
     beside = [name for name in _BESIDE if any(figures[d].get(name) is not None for figures in (before, after) for d in run.domains)]
     rows = []
     for d in run.domains:
-        b, a, c = before[d], after[d], paired.get(d)
-        test = tag("td", join([_p(c["p_value"]), tag("span", f" {c['gained']} gained, {c['lost']} lost", class_="dim small")]), class_="num") if paired and c else tag("td", "–") if paired else None
-        rows.append(tag("tr", tag("th", _words_of(d), tag("span", f" n = {a['n']:.0f}", class_="dim small"), scope="row"), tag("td", _dumbbell(b, a), class_="wide"), tag("td", _with_interval(b), class_="num"),
-                        tag("td", _with_interval(a), class_="num"), tag("td", _change(b, a, c), class_="num"), test, *(tag("td", _shift(b, a, name), class_="num") for name in beside)))
+        b, a = before[d], after[d]
+        name = tag("th", _words_of(d), tag("div", f"{a['n']:.0f} pictures", class_="dim small"), scope="row")
+        line = tag("td", _dumbbell(b["accuracy"], a["accuracy"], (_interval(b), _interval(a)), _guessing(a)), class_="wide")
+        test = [_mcnemar(paired.get(d))] if paired else []
+        numbers = [_with_interval(b), _with_interval(a), _change(b, a, paired.get(d)), *test, *(_shift(b, a, figure) for figure in beside)]
+        rows.append(tag("tr", name, line, _cells(*numbers)))
     names = ["domain", "accuracy, 0 to 100 %", "before", "after", "points", *(["McNemar"] if paired else []), *(_BESIDE[name] for name in beside)]
-    table = tag("table", tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names))), tag("tbody", *rows), class_="before-after")
-    note = "Accuracy of greedy answers, every picture counted, with 95 % Wilson intervals. Arrows: before → after." + ("" if paired else " The run did not pair its answers, so there is no McNemar test.")
+    table = tag("table", _heading(names), tag("tbody", *rows), class_="before-after")
+    note = "Greedy answers, every picture counted. Ring: before; disc: after; bars and small numbers: 95 % intervals (Wilson); upright tick: guessing."
+    if not paired: note += " The run did not pair its answers, so there is no McNemar test."
     return join([tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="before and after"), tag("p", note, class_="dim note")])
 
-# %% ../nbs/16_explore.ipynb #6339be4e
-def _evaluated(run: RunReport, domain: str, name: str, label: str, colour: str, dash: bool = False) -> Line | None:
-    steps, values = run.curve(f"eval/{domain}/{name}")
-    counts = run.curve(f"eval/{domain}/n")[1]
-    if not steps: return None
-    if len(counts) != len(values): return Line(label, colour, steps, values, dots=True, dash=dash)
-    ends = [wilson_interval(min(int(n), round(v * n)), int(n)) for v, n in zip(values, counts)]
-    return Line(label, colour, steps, values, [low for low, _ in ends], [high for _, high in ends], dots=True, dash=dash)
+# %% ../nbs/16_explore.ipynb #4e1b313b
+def _evaluated(run: RunReport, domain: str, name: str, colour: str, dash: bool = False) -> list[Line]:
+    "The line from before to after, and the line of what was measured during training."
+    lines = []
+    for kind, rows in (("ends", [row for row in run.rows if "reward" not in row]), ("dots", run.steps)):
+        steps, values = run.curve(f"eval/{domain}/{name}", rows)
+        counts = run.curve(f"eval/{domain}/n", rows)[1]
+        sure = [wilson_interval(round(v * n), int(n)) for v, n in zip(values, counts)] if len(counts) == len(values) else None
+        if steps: lines.append(Line(name, colour, steps, values, sure and [low for low, _ in sure], sure and [high for _, high in sure], kind, dash))
+    return lines
 
 
 def evaluation_charts(
     run: RunReport,
 ) -> Html:
     "Returns one chart a domain of accuracy and grounding through training, with Wilson intervals; or a note."
-    found = sorted({key.split("/")[1] for row in run.rows for key in row if re.fullmatch("eval/[^/]+/accuracy", key)}, key=lambda d: (d != "in_domain", d))
-    if not found: return tag("p", "No evaluation is on record.", class_="dim")
-    charts = [line_chart(_words_of(d), "Greedy answers, 95 % intervals.",
-                         [line for line in (_evaluated(run, d, "accuracy", "accuracy", "a"), _evaluated(run, d, "grounding", "grounding", "d", dash=True)) if line], percent=True, bounds=(0, 1)) for d in found]
-    return tag("div", *charts, class_="charts")
+    found = list(dict.fromkeys(key.split("/")[1] for row in run.rows for key in row if re.fullmatch("eval/[^/]+/accuracy", key)))
+    if not found: return _lacking("No evaluation is on record.")
+    lines = lambda d: [*_evaluated(run, d, "accuracy", "a"), *_evaluated(run, d, "grounding", "d", dash=True)]
+    ordered = sorted(found, key=lambda d: d != "in_domain")
+    charts = [line_chart(_words_of(d), "", lines(d), percent=True, bounds=(0, 1), width=250, named=False) for d in ordered]
+    names = [tag("span", tag("i", class_=f"w {colour}"), f" {name}", class_="key") for name, colour in (("accuracy", "a"), ("grounding of step 1 (dashed)", "d"))]
+    key = tag("p", *names, "Discs: before and after. Rings: on the way, on the pictures kept for that. Bars: 95 % Wilson intervals.", class_="dim note")
+    return join([tag("div", *charts, class_="charts four"), key])
 
-# %% ../nbs/16_explore.ipynb #4c776be2
+# %% ../nbs/16_explore.ipynb #cd036ee4
 _CURVES = (  # title, how to read it, share?, fixed bounds, ((metric, name, colour), ...)
     ("Reward", "What a sampled completion earns on average (Eq. 6).", False, (0, None), (("reward", "reward", "a"),)),
     ("Accuracy", "Share of sampled completions with the right answer.", True, (0, 1), (("rewards/accuracy/mean", "accuracy", "a"),)),
@@ -883,12 +1023,14 @@ _CURVES = (  # title, how to read it, share?, fixed bounds, ((metric, name, colo
      (("grounding", "grounding", "d"), ("rewards/consistency/mean", "consistency", "b"), ("judge/consistency_accuracy", "judge right", "e"))),
     ("KL to the reference", "How far the policy has moved from where it began, nats a token.", False, (0, None), (("kl", "kl", "c"),)),
     ("Entropy", "How open the choice of the next token is, nats. Near 0, all samples are alike.", False, (0, None), (("entropy", "entropy", "b"),)),
-    ("Spread inside groups", "Standard deviation of the rewards of one picture: what advantages are made of.", False, (0, None), (("reward_std", "std", "a"),)),
-    ("Groups that teach nothing", "Share of groups in which every completion was paid the same.", True, (0, 1), (("frac_reward_zero_std", "share", "e"),)),
+    ("Spread inside groups", "Standard deviation of the rewards of one picture: what advantages are made of.", False, (0, None),
+     (("reward_std", "std", "a"),)),
+    ("Groups that teach nothing", "Share of groups in which every completion was paid the same.", True, (0, 1),
+     (("frac_reward_zero_std", "share", "e"),)),
     ("Gradient norm", "Before it is clipped.", False, (0, None), (("grad_norm", "norm", "e"),)),
 )
 
-# %% ../nbs/16_explore.ipynb #5cc628d2
+# %% ../nbs/16_explore.ipynb #fccc7b10
 def _curve_chart(run: RunReport, title: str, note: str, percent: bool, bounds: tuple, wanted: Sequence[tuple[str, str, str]]) -> Html | None:
     lines = [Line(label, colour, *run.curve(name), dash=i == 1) for i, (name, label, colour) in enumerate(wanted) if run.curve(name)[0]]
     return line_chart(title, note, lines, percent, bounds) if lines else None
@@ -899,7 +1041,8 @@ def _length_chart(run: RunReport) -> Html | None:
     if not steps: return None
     band = {"low": low, "high": high} if len(low) == len(high) == len(mean) else {}
     cut = run.curve("completions/clipped_ratio")[1]
-    return line_chart("Length", f"Tokens of a completion: mean, and from shortest to longest. {_percent(sum(cut) / len(cut)) if cut else 'Unknown how many'} ran into the limit.", [Line("length", "c", steps, mean, **band)], bounds=(0, None))
+    note = "Tokens of a completion: mean, and from shortest to longest." + (f" {_percent(sum(cut) / len(cut))} ran into the limit." if cut else "")
+    return line_chart("Length", note, [Line("length", "c", steps, mean, **band)], bounds=(0, None))
 
 
 def _clip_chart(run: RunReport) -> Html | None:
@@ -914,10 +1057,10 @@ def training_charts(
 ) -> Html:
     "Returns the charts of every training metric that is on record; or a note that there is none."
     charts = [chart for chart in (*(_curve_chart(run, *spec) for spec in _CURVES), _length_chart(run), _clip_chart(run)) if chart is not None]
-    return tag("div", *charts, class_="charts") if charts else tag("p", "No training step is on record: metrics.jsonl is missing or holds none.", class_="dim")
+    return tag("div", *charts, class_="charts") if charts else _lacking("No training step is on record: metrics.jsonl is missing or holds none.")
 
-# %% ../nbs/16_explore.ipynb #e15a00df
-def _sample_html(run: RunReport, path: Path, title: str, groups: int = 2) -> Html:
+# %% ../nbs/16_explore.ipynb #1b002c4c
+def _sample_html(path: Path, title: str, groups: int = 2) -> Html:
     sample = read_sample(path)
     shown = [group_html(record, path.parent / record["picture"], longest=600) for record in sample["groups"][:groups]]
     return tag("div", tag("h3", f"{title}: step {sample['step']}"), *shown, class_="when")
@@ -927,11 +1070,11 @@ def groups_html(
     run: RunReport,
 ) -> Html:
     "Returns groups of completions from the first and the last sample of a run, with their pictures; or a note."
-    if not run.samples: return tag("p", "No group was written: samples/ is missing or empty (sample_every = 0, or the run was stopped before the first sample).", class_="dim")
-    if len(run.samples) == 1: return join([_sample_html(run, run.samples[0], "The only sample"), tag("p", "There is no second sample to compare with.", class_="dim")])
-    return tag("div", _sample_html(run, run.samples[0], "Early"), _sample_html(run, run.samples[-1], "Late"), class_="early-late")
+    if not run.samples: return _lacking("No group was written: samples/ is missing or empty (sample_every = 0, or the run was stopped before the first sample).")
+    if len(run.samples) == 1: return join([_sample_html(run.samples[0], "The only sample"), _lacking("There is no second sample to compare with.")])
+    return tag("div", _sample_html(run.samples[0], "Early"), _sample_html(run.samples[-1], "Late"), class_="early-late")
 
-# %% ../nbs/16_explore.ipynb #a331f8ab
+# %% ../nbs/16_explore.ipynb #85dd2e8b
 def _matrix(confusion: Mapping, caption: str) -> Html:
     rows, columns, counts = confusion["rows"], confusion["columns"], confusion["counts"]
     head = tag("tr", tag("td"), *(tag("th", tag("span", name), scope="col") for name in columns))
@@ -943,51 +1086,81 @@ def _matrix(confusion: Mapping, caption: str) -> Html:
         body.append(tag("tr", tag("th", name, scope="row"), *cells))
     return tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body), class_="matrix num")
 
-
+# %% ../nbs/16_explore.ipynb #868c0824
 def _worst(confusion: Mapping) -> str:
-    mistakes = [(n, row, column) for row, line in zip(confusion["rows"], confusion["counts"]) for column, n in zip(confusion["columns"], line) if row != column and n]
+    mistakes = [(n, row, column) for row, line in zip(confusion["rows"], confusion["counts"]) for column, n in zip(confusion["columns"], line)
+                if row != column and n]
     if not mistakes: return "no mistake"
     n, row, column = max(mistakes, key=lambda m: m[0])
     return f"{row} answered as {column}, {n} times" if n > 1 else f"no mistake twice ({len(mistakes)} single ones)"
+
+
+def _by_class(before: Mapping, after: Mapping) -> Html | None:
+    "The accuracy of each emotion, before and after, where it is on record."
+    b, a = before.get("per_class") or {}, after.get("per_class") or {}
+    known = [label for label in b if (b[label] or {}).get("accuracy") is not None and (a.get(label) or {}).get("accuracy") is not None]
+    rows = [tag("tr", tag("th", label, scope="row"), tag("td", _dumbbell(b[label]["accuracy"], a[label]["accuracy"]), class_="wide"),
+                tag("td", f"{100 * b[label]['accuracy']:.0f} → {100 * a[label]['accuracy']:.0f} %", class_="num")) for label in known]
+    return tag("table", tag("caption", "accuracy of each emotion"), tag("tbody", *rows), class_="matrix classes") if rows else None
 
 
 def confusion_html(
     run: RunReport,
 ) -> Html:
     "Returns the confusion matrices before and after by domain; or a note."
-    shown = [d for d in run.domains if run.summary["before"][d].get("confusion") and run.summary["after"][d].get("confusion")]
-    if not shown: return tag("p", "No confusion matrix is on record.", class_="dim")
     blocks = []
-    for d in shown:
-        b, a = run.summary["before"][d]["confusion"], run.summary["after"][d]["confusion"]
+    for d in run.domains:
+        if not (both := _known(run, d, "confusion")): continue
+        b, a = both
         said = tag("p", "Most frequent mistake before: ", tag("b", _worst(b)), "; after: ", tag("b", _worst(a)), ".", class_="dim")
-        blocks.append(tag("section", tag("h3", _words_of(d)), said, tag("div", _matrix(b, "before"), _matrix(a, "after"), class_="pair"), class_="confusion"))
-    return join(blocks)
+        tables = tag("div", _matrix(b, "before"), _matrix(a, "after"), _by_class(run.summary["before"][d], run.summary["after"][d]), class_="pair")
+        blocks.append(tag("section", tag("h3", _words_of(d)), said, tables, class_="confusion"))
+    return join(blocks) if blocks else _lacking("No confusion matrix is on record.")
 
-# %% ../nbs/16_explore.ipynb #f812f117
-_PHASES = {"timing_s/rollout": ("sampling the completions", "a"), "timing_s/reflect": ("asking the judge", "b"), "timing_s/logps": ("log-probabilities of sampler and reference", "c"),
-           "timing_s/update": ("loss, gradient, optimizer", "d")}
+# %% ../nbs/16_explore.ipynb #474e5262
+_PHASES = {"timing_s/rollout": ("sampling the completions", "a"), "timing_s/reflect": ("asking the judge", "b"),
+           "timing_s/logps": ("log-probabilities of sampler and reference", "c"), "timing_s/update": ("loss, gradient, optimizer", "d")}
+
+
+def _time_table(parts: Sequence[tuple[str, str, float]], whole: float) -> Html:
+    "Phases (name, colour, seconds) as a bar and as a table."
+    pieces = [tag("i", class_=f"w {colour}", style=f"width:{100 * seconds / whole:.2f}%", title=f"{name}: {seconds:.3f} s") for name, colour, seconds in parts]
+    row = lambda mark, name, *values: tag("tr", tag("td", mark), tag("th", name, scope="row"), _cells(*values))
+    rows = [row(tag("i", class_=f"w {colour} swatch"), name, f"{seconds:.2f} s", f"{100 * seconds / whole:.0f} %") for name, colour, seconds in parts]
+    rows.append(row("", tag("b", "a step"), tag("b", f"{whole:.2f} s"), ""))
+    bar = tag("div", *pieces, class_="stack time", role="img", aria_label="shares of a step's time")
+    return join([bar, tag("div", tag("table", tag("tbody", *rows)), class_="scroll")])
 
 
 def timing_html(
     run: RunReport,
 ) -> Html:
     "Returns what a mean step's time is spent on, and the run's time around its steps; or a note."
-    whole = run.curve("step_time")[1]
-    if not whole: return tag("p", "No timing is on record.", class_="dim")
-    mean = sum(whole) / len(whole)
-    parts = [(name, colour, sum(values) / len(whole)) for metric, (name, colour) in _PHASES.items() if (values := run.curve(metric)[1])]
-    parts.append(("the rest", "e", max(0.0, mean - sum(seconds for _, _, seconds in parts))))
-    bar = tag("div", *(tag("i", class_=f"w {colour}", style=f"width:{100 * seconds / mean:.2f}%", title=f"{name}: {seconds:.3f} s") for name, colour, seconds in parts), class_="stack time", role="img", aria_label="shares of a step's time")
-    rows = [tag("tr", tag("td", tag("i", class_=f"w {colour} swatch")), tag("th", name, scope="row"), tag("td", f"{seconds:.2f} s", class_="num"), tag("td", f"{100 * seconds / mean:.0f} %", class_="num")) for name, colour, seconds in parts]
-    rows.append(tag("tr", tag("td"), tag("th", tag("b", "a step"), scope="row"), tag("td", tag("b", f"{mean:.2f} s"), class_="num"), tag("td")))
-    speed = run.ends("perf/tokens_per_s")
-    around = (run.summary or {}).get("wall_s")
-    told = [f"{len(whole)} steps took {_time(sum(whole))}", None if around is None else f"evaluating, loading and saving {_time(max(0.0, around - sum(whole)))}", None if speed is None else f"{speed[1]:.0f} completion tokens a second at the end"]
-    return join([bar, tag("div", tag("table", tag("tbody", *rows)), class_="scroll"), tag("p", "; ".join(t for t in told if t) + ".", class_="dim note")])
+    times = run.curve("step_time")[1]
+    if not times: return _lacking("No timing is on record.")
+    whole, speed, wall = sum(times) / len(times), run.ends("perf/tokens_per_s"), (run.summary or {}).get("wall_s")
+    parts = [(name, colour, sum(values) / len(times)) for metric, (name, colour) in _PHASES.items() if (values := run.curve(metric)[1])]
+    parts.append(("the rest", "e", max(0.0, whole - sum(seconds for _, _, seconds in parts))))
+    told = [f"{len(times)} steps took {_time(sum(times))}"]
+    if wall is not None: told.append(f"evaluating, loading and saving {_time(max(0.0, wall - sum(times)))}")
+    if speed: told.append(f"{speed[1]:.0f} completion tokens a second at the end")
+    return join([_time_table(parts, whole), tag("p", "; ".join(told), ".", class_="dim note")])
 
-# %% ../nbs/16_explore.ipynb #6090ef0b
+# %% ../nbs/16_explore.ipynb #371554d2
 def _written(value: object) -> str: return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _config_row(name: str, value: object, known: Mapping) -> Html:
+    if name not in known: told, help, source, changed = "not a field of this version", "", "", False
+    else:
+        f = known[name]
+        default = f.default if f.default is not MISSING else f.default_factory()
+        plain = list(default) if isinstance(default, tuple) else default
+        help, source, changed = f.metadata["help"], f.metadata["source"], plain != value
+        told = f"default {_written(plain)}" if changed else "default"
+    small = lambda text: tag("td", text, class_="dim small")
+    shown = tag("td", tag("code", _written(value)), class_="changed" if changed else None)
+    return tag("tr", tag("th", tag("code", name), scope="row"), shown, small(told), tag("td", help), small(source))
 
 
 def config_html(
@@ -995,59 +1168,80 @@ def config_html(
 ) -> Html:
     "Returns the run's configuration with each field's help, default and source."
     known = {f.name: f for f in fields(TrainConfig)}
-    rows = []
-    for name in [*(n for n in known if n in run.config), *(n for n in run.config if n not in known)]:
-        f, value = known.get(name), run.config[name]
-        default = None if f is None else f.default if f.default is not MISSING else f.default_factory()
-        plain = list(default) if isinstance(default, tuple) else default
-        changed = f is not None and plain != value
-        beside = "not a field of this version" if f is None else f"default {_written(plain)}" if changed else "default"
-        rows.append(tag("tr", tag("th", tag("code", name), scope="row"), tag("td", tag("code", _written(value)), class_="changed" if changed else None), tag("td", beside, class_="dim small"),
-                        tag("td", f.metadata.get("help", "") if f else ""), tag("td", f.metadata.get("source", "") if f else "", class_="dim small")))
-    head = tag("tr", *(tag("th", name, scope="col") for name in ("field", "this run", "", "what it does", "where its default comes from")))
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *rows), class_="config"), class_="scroll", tabindex="0", role="region", aria_label="configuration")
+    names = [*(n for n in known if n in run.config), *(n for n in run.config if n not in known)]
+    heading = _heading(("field", "this run", "", "what it does", "where its default comes from"))
+    table = tag("table", heading, tag("tbody", *(_config_row(n, run.config[n], known) for n in names)), class_="config")
+    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="configuration")
 
-# %% ../nbs/16_explore.ipynb #1aa4e27a
-def _tile(name: str, value: str, beside: str = "", kind: str = "") -> Html:
-    return tag("div", tag("p", name, class_="dim small"), tag("p", value, class_=f"big num {kind}"), tag("p", beside, class_="dim small") if beside else None, class_="tile")
+# %% ../nbs/16_explore.ipynb #e10654aa
+def _tile(name: str, value: str, beside: str, kind: str = "") -> Html:
+    return tag("div", tag("p", name, class_="dim small"), tag("p", value, class_=f"big num {kind}"), tag("p", beside, class_="dim small"), class_="tile")
+
+
+def _accuracy_tiles(run: RunReport) -> list[Html]:
+    before, after = run.summary["before"], run.summary["after"]
+    main, *others = run.domains
+    moved = direction(before[main], after[main], (run.summary.get("comparison") or {}).get(main))
+    kind = {"rose": "good", "fell": "bad", "unclear": ""}[moved]
+    tiles = [_tile(f"accuracy, {_words_of(main)}", _percent(after[main]["accuracy"]), f"was {_percent(before[main]['accuracy'])}", kind)]
+    mean = lambda figures: _percent(sum(figures[d]["accuracy"] for d in others) / len(others))
+    if others: tiles.append(_tile(f"accuracy, {len(others)} other domain{'s' if len(others) > 1 else ''}", mean(after), f"was {mean(before)}"))
+    for name, text in (("grounding", "step 1 is true (grounding)"), ("format", "form kept")):
+        if both := _known(run, main, name): tiles.append(_tile(text, _percent(both[1]), f"was {_percent(both[0])}"))
+    return tiles
 
 
 def tiles_html(
     run: RunReport,
 ) -> Html:
     "Returns the run's key figures, as many as are known."
-    tiles, moved = [], {"rose": "good", "fell": "bad", "unclear": ""}
-    if run.domains:
-        before, after, paired = run.summary["before"], run.summary["after"], run.summary.get("comparison") or {}
-        main, others = run.domains[0], run.domains[1:]
-        b, a = before[main], after[main]
-        tiles.append(_tile(f"accuracy, {_words_of(main)}", f"{_percent(a['accuracy'])}", f"was {_percent(b['accuracy'])}", moved[direction(b, a, paired.get(main))]))
-        if others:
-            mean = lambda figures: sum(figures[d]["accuracy"] for d in others) / len(others)
-            tiles.append(_tile(f"accuracy, mean of {len(others)} other domain{'s' if len(others) > 1 else ''}", _percent(mean(after)), f"was {_percent(mean(before))}"))
-        tiles += [_tile(text, _percent(a[name]), f"was {_percent(b[name])}") for name, text in (("grounding", "step 1 is true (grounding)"), ("format", "form kept")) if b.get(name) is not None and a.get(name) is not None]
-    elif reward := run.ends("reward"): tiles.append(_tile("mean reward at the end", f"{reward[1]:.2f}", f"was {reward[0]:.2f}"))
+    tiles = _accuracy_tiles(run) if run.domains else []
+    if not tiles and (reward := run.ends("reward")): tiles.append(_tile("mean reward at the end", f"{reward[1]:.2f}", f"was {reward[0]:.2f}"))
     seconds = (run.summary or {}).get("wall_s") or sum(run.curve("step_time")[1])
     if seconds: tiles.append(_tile("time", _time(seconds), f"{len(run.steps)} steps"))
     return tag("div", *tiles, class_="tiles")
 
-# %% ../nbs/16_explore.ipynb #48b347c7
-_SECTIONS = (("before-after", "Before and after", before_after_html), ("evaluation", "Through training", evaluation_charts), ("training", "Step by step", training_charts), ("groups", "Early and late", groups_html),
-             ("confusion", "What is mistaken for what", confusion_html), ("timing", "Where the time went", timing_html), ("configuration", "Configuration", config_html))
+# %% ../nbs/16_explore.ipynb #d1e5e555
+_SECTIONS = (  # anchor, title, how to read it, what makes it
+    ("before-after", "Before and after", "", before_after_html),
+    ("evaluation", "Through training", "", evaluation_charts),
+    ("training", "Step by step", "What training saw of its own sampled completions. Hair lines: every step. Strong lines: the moving average over a tenth of "
+     "the run.", training_charts),
+    ("groups", "Early and late", "The first pictures of the first and of the last sample on record, best completion first; equal ones share a card. Where a "
+     "picture's content is known, what step 1 names is underlined if it is there and struck through if it is not.", groups_html),
+    ("confusion", "What is mistaken for what", "Rows are annotated, columns answered; the stronger a cell, the larger its share of the row.",
+     confusion_html),
+    ("timing", "Where the time went", "", timing_html),
+    ("configuration", "Configuration", "Defaults are those of the full-scale run. What this run sets otherwise is bold.", config_html))
+
+# %% ../nbs/16_explore.ipynb #76c85b54
 _SAFE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # nothing from outside, no script at all
+
+
+def _head(title: str) -> Html:
+    return tag("head", tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=_SAFE),
+               tag("meta", name="viewport", content="width=device-width, initial-scale=1"), tag("link", rel="icon", href="data:,"), tag("title", title), style_sheet())
+
+
+def _top(run: RunReport, title: str) -> Html:
+    c = run.config
+    facts = [f"policy {c.get('policy')}", f"data {c.get('data')}", f"G = {c.get('num_generations')}", f"preset {c.get('preset')}"]
+    if c.get("method") == "emo_r3": facts.append(f"judge {c.get('judge')}")
+    return tag("header", tag("p", "Run report", class_="dim small"), tag("h1", title), tag("p", " · ".join(facts), class_="dim"), verdict_html(run), tiles_html(run))
+
+
+def _section(run: RunReport, key: str, title: str, lead: str, make: Callable[[RunReport], Html]) -> Html:
+    return tag("section", tag("h2", title), tag("p", lead, class_="dim lead") if lead else None, make(run), id=key)
 
 
 def report_page(
     run: RunReport,
 ) -> str:
     "Returns the whole page: one file that needs nothing else."
-    c, name = run.config, (run.summary or {}).get("recipe") or run.folder.resolve().name
-    title = f"{_METHODS.get(c.get('method'), c.get('method'))} · {name} · seed {c.get('seed')}"
-    facts = " · ".join(str(part) for part in (f"policy {c.get('policy')}", f"data {c.get('data')}", f"G = {c.get('num_generations')}", f"preset {c.get('preset')}", f"judge {c.get('judge')}" if c.get("method") == "emo_r3" else None) if part)
-    head = tag("head", tag("meta", charset="utf-8"), tag("meta", http_equiv="Content-Security-Policy", content=_SAFE), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-               tag("link", rel="icon", href="data:,"), tag("title", title), style_sheet())
-    top = tag("header", tag("p", "Run report", class_="dim small"), tag("h1", title), tag("p", facts, class_="dim"), verdict_html(run), tiles_html(run))
-    nav = tag("nav", *(tag("a", text, href=f"#{key}") for key, text, _ in _SECTIONS), aria_label="sections")
-    body = [tag("section", tag("h2", text), make(run), id=key) for key, text, make in _SECTIONS]
-    made = tag("footer", "Made from config.yaml, metrics.jsonl, summary.json and samples/ of this run's folder; ", tag("code", "emo-r3 report RUN"), " makes it again.", class_="dim small")
-    return "<!DOCTYPE html>\n" + tag("html", head, tag("body", top, nav, tag("main", *body), made, class_="emo page"), lang="en")
+    method, name = _METHODS.get(run.config.get("method"), run.config.get("method")), (run.summary or {}).get("recipe") or run.folder.resolve().name
+    title = f"{method} · {name} · seed {run.config.get('seed')}"
+    nav = tag("nav", *(tag("a", text, href=f"#{key}") for key, text, _, _ in _SECTIONS), aria_label="sections")
+    made = tag("footer", "Made from config.yaml, metrics.jsonl, summary.json and samples/ of this run's folder; ", tag("code", "emo-r3 report RUN"),
+               " makes it again.", class_="dim small")
+    body = tag("body", _top(run, title), nav, tag("main", *(_section(run, *section) for section in _SECTIONS)), made, class_="emo page")
+    return "<!DOCTYPE html>\n" + tag("html", _head(title), body, lang="en")

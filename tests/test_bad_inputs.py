@@ -158,6 +158,12 @@ def test_11b_a_folder_that_refuses(folder, tiny, capsys, monkeypatch):  # noqa: 
         fails(capsys, "train", tiny / "tiny.yaml", "--output-dir", "/proc/self/out", words=["/proc/self/out"], run="/proc/self/out")
 
 
+def test_11d_report_of_no_run(folder, tiny, capsys):  # noqa: F811
+    Path("empty").mkdir()
+    fails(capsys, "report", "empty", words=["empty", "config.yaml"], run="empty")
+    fails(capsys, "report", "nowhere", words=["nowhere"], run="nowhere")
+
+
 def test_11c_an_earlier_run_is_not_overwritten(folder, tiny, capsys):  # noqa: F811
     Path("out").mkdir()
     Path("out/metrics.jsonl").write_text("{}\n")
@@ -185,9 +191,9 @@ def test_12_ctrl_c(folder, tiny, capsys):  # noqa: F811
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert f"after step {rows[-1]['step']};" in last and rows[-1]["step"] >= 2
     assert not any(Path("out", name).exists() for name in RESULTS) and not [p for p in Path().rglob("*") if "partial" in p.name]
-    fails(capsys, "report", "out", words=["out", "summary.json"])
     fails(capsys, "evaluate", "./out/policy", "scenes:style", words=["out/policy"])
     fails(capsys, *train(tiny), words=["'out'", "not empty"])
+    assert run_main(capsys, "report", "out")[0] == 0 and "has not ended: summary.json is missing" in Path("out/report.html").read_text()
 
 
 @pytest.mark.parametrize("where, lacks", [("emo_r3.policy.load_policy", "no policy and no summary.json"), ("emo_r3.train.save_policy", "no policy and no summary.json"),

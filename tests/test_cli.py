@@ -120,6 +120,14 @@ def test_recipes_that_are_none(folder, text, words):
     for word in ["odd.yaml", *words]: assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("kind, good, bad", [(bool, [True, False], [1, "yes", None]), (int, [3, -1], [True, 3.0, "3", None]), (int | None, [None, 3], [False, ""]),
+                                             (float, [0.5, 1, "1e-4", "inf"], [True, "fast", None, []]), (str, ["", "no"], [3, None, False]), (tuple, [[1], ()], ["a", {}]), (dict, [{}], [[]])])
+def test_types_of_values(kind, good, bad):
+    for value in good: assert isinstance(cli.field_value("it", value, kind), kind) and cli.field_value("it", value, kind) == (float(value) if kind is float else tuple(value) if kind is tuple else value)
+    for value in bad:
+        with pytest.raises(ValueError, match="^it = .*; allowed: "): cli.field_value("it", value, kind)
+
+
 def test_options_replace_the_recipe_field_by_field(folder):
     Path("mine.yaml").write_text("policy: embedded\nlearning_rate: 1e-4\ntrackers: []\nprecision: fp32\nlambda_format: 0\n")
     name, config = cli.run_config("mine.yaml", {"seed": "7", "beta": "0", "data": "123", "adam_betas": "0.8,0.9", "trackers": "tensorboard", "max_steps": "null"})
@@ -195,6 +203,7 @@ def test_train_leaves_a_whole_run_and_prints_its_report_last(folder, tiny, capsy
     assert out.splitlines()[-1] == str(run / "report.html")
     assert all(any(line.startswith(d) for line in out.splitlines()) for d in DOMAINS)  # the table
     summary = check_run(run, DOMAINS)
+    assert list(summary["comparison"]) == list(DOMAINS) and summary["comparison"]["faces"]["n"] == 2  # answers paired, for the report
     assert (summary["recipe"], summary["seed"], summary["steps"], summary["method"]) == ("tiny", 3, 1, "emo_r3")
     assert yaml.safe_load((run / "config.yaml").read_text())["learning_rate"] == 1e-5
 

@@ -20,9 +20,9 @@ from emo_r3 import evaluate as module
 from emo_r3.data import EMOSET8, EMOTION6, DataError, EmotionExample, LabelSet, emotion_question
 from emo_r3.embedded.warm_up import build_image_processor, build_model, build_tokenizer
 from emo_r3.evaluate import (EVAL_METHODS, ClassScore, Comparison, EvalReport, Graded, Prediction, before_after_table, class_scores, compare,
-                             confusion_counts, description, eval_messages, evaluate, grade, label_probabilities, macro_f1, mean_or_none,
+                             confusion_counts, eval_messages, evaluate, grade, label_probabilities, macro_f1, mean_or_none,
                              plot_confusion, plot_prediction, predict, read_completion, report_table, upload_widget, wilson_interval)
-from emo_r3.parsing import parse_set, parse_think
+from emo_r3.parsing import description, parse_set, parse_think
 from emo_r3.policy import VLProcessor
 from emo_r3.prompts import PromptTemplates, set_messages
 from emo_r3.rewards import METHODS, RewardWeights
@@ -198,9 +198,9 @@ def test_a_missing_description_is_not_grounded():
 
 
 def test_the_thought_ends_at_its_tag():
-    assert description("grpo", parse_think(r"<think> a ghost </think> a spider \boxed{fear}")) == "a ghost"
-    assert description("grpo", parse_think("</think> a ghost <think>")) is None
-    assert description("set", parse_set("no steps")) is None
+    assert description(parse_think(r"<think> a ghost </think> a spider \boxed{fear}")) == "a ghost"
+    assert description(parse_think("</think> a ghost <think>")) is None
+    assert description(parse_set("no steps")) is None
 
 
 def test_no_known_objects_is_unknown():

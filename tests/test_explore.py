@@ -117,3 +117,464 @@ def make_run(folder, steps=100, G=8, hostile=False, seed=0, finished=True, paire
             summary["comparison"] = {d: Comparison(len(p), sum(a and not b for b, a in p), sum(b and not a for b, a in p)).to_dict() for d, p in pairs.items()}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory): return make_run(tmp_path_factory.mktemp("runs") / "run")
+
+
+@pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory): return make_run(tmp_path_factory.mktemp("runs") / "hostile", steps=12, G=4, hostile=True, samples=(4, 12))
+
+
+@pytest.fixture(scope="module")
+def book(): return make_group(book_example(), BOOK_COMPLETIONS)
+
+
+# ---- text stays text ------------------------------------------------------------------------------------------------------
+
+class Page(HTMLParser):
+    "Everything that a browser would find in a page."
+    def __init__(self, page):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(page); self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append(name); self.attributes += [(name, key, value) for key, value in attributes]
+        if name not in ("img", "meta", "link", "br", "hr"): self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open and self.open[-1] == name, f"</{name}> closes {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if "style" not in self.open: self.text += data
+
+    def check(self):
+        assert not self.open, f"never closed: {self.open}"
+        assert set(self.tags) <= OURS, f"tags that nobody here writes: {set(self.tags) - OURS}"
+        for name, key, value in self.attributes:
+            assert not key.startswith("on"), f"{name} has a handler {key}"
+            if key in ("src", "href"): assert value.startswith(("data:", "#")), f"{name} {key} leads outside: {value[:60]}"
+        return self
+
+
+OURS = set("html head meta link title style body header nav main section footer article figure figcaption svg g path circle line text div span p a b i h1 h2 h3 table caption thead tbody tr th td ol li ins del code pre img".split())
+
+
+@given(st.text())
+def test_escaping_keeps_the_text_and_lets_nothing_through(text):
+    safe = escape(text)
+    assert not re.search("[<>\"']", safe)
+    assert Page(f"<p>{safe}</p>").text == explore._UNSHOWABLE.sub("\ufffd", text)
+    safe.encode("utf-8")
+
+
+def test_escape_golden():
+    assert escape('<b class="x">&') == "&lt;b class=&quot;x&quot;&gt;&amp;"
+    assert escape(Html("<b>")) == "<b>" and escape(None) == "None" and escape(1.5) == "1.5"
+    assert escape("\ud800\x00\x1b[31m") == "\ufffd\ufffd\ufffd[31m"
+
+
+def test_attributes_are_escaped_even_where_they_are_html():
+    assert tag("p", "x", title=Html('"><script>')) == '<p title="&quot;&gt;&lt;script&gt;">x</p>'
+    assert tag("img", src="a", alt=None) == '<img src="a">'
+    assert join(["<", None, Html("<br>")], ", ") == "&lt;, <br>"
+
+
+texts = st.text(alphabet=st.characters(codec="utf-8"), max_size=40) | st.sampled_from([HOSTILE, "</pre></li>", "<!--", "<![CDATA[", "<step1>a</step1><step2>b</step2><step3>c</step3>\\boxed{<b>}", "A ghost. <del>"])
+
+
+@given(st.lists(texts, min_size=2, max_size=4))
+def test_whatever_a_model_writes_is_shown_as_text(completions):
+    page = Page(group_html(make_group(book_example(), completions), book_example().load_image())).check()
+    assert "script" not in page.tags and page.tags.count("img") == 1
+
+
+def test_a_hostile_group_shows_its_words(book):
+    record = make_group(book_example(), [HOSTILE, BOOK_COMPLETIONS[0].replace("ghost", "<script>ghost</script>")]) | {"label": HOSTILE, "objects": [HOSTILE]}
+    page = Page(show_group(record, "no/such\"><script>.png").data).check()
+    assert page.text.count("<script>document.title='owned'</script>") >= 3 and "A <script>ghost</script> stands out" in page.text
+
+
+# ---- pictures and groups ---------------------------------------------------------------------------------------------------
+
+def test_pictures_are_scaled_down_and_errors_name_the_file(tmp_path):
+    assert len(picture_uri(Image.effect_noise((3000, 2000), 90))) < 80_000
+    assert picture_uri(Image.new("RGBA", (8, 8))).startswith("data:image/webp;base64,")
+    with pytest.raises(FileNotFoundError, match="gone.png does not exist"): picture_uri(tmp_path / "gone.png")
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG no")
+    with pytest.raises(ValueError, match="bad.png: not readable"): picture_uri(tmp_path / "bad.png")
+
+
+def test_a_missing_picture_is_named_in_the_group(book, tmp_path):
+    assert "gone.png is missing or damaged" in group_html(book, tmp_path / "gone.png")
+    assert "no picture" in group_html(book)
+
+
+def test_objects_are_marked_by_what_is_there():
+    assert marked_objects("A spider and a Ghost.", ("ghost", "key")) == 'A <del title="not in the picture">spider</del> and a <ins title="in the picture">Ghost</ins>.'
+    assert marked_objects("ghostly ghosts", ("ghost",)) == "ghostly ghosts"
+    assert marked_objects("A ghost", None) == "A ghost" and marked_objects("A ghost", ()) == 'A <del title="not in the picture">ghost</del>'
+    for example in make_scenes("in_domain", "test", 20, seed=3):
+        html = marked_objects(f"A {example.objects[0]} next to a {example.objects[1]}.", example.objects)
+        assert html.count("<ins") == 2 and "<del" not in html
+
+
+def test_a_group_is_ordered_by_advantage_and_equal_completions_share_a_card(book):
+    twice = make_group(book_example(), (BOOK_COMPLETIONS[1], *BOOK_COMPLETIONS[:2]))
+    text = Page(group_html(twice)).text
+    assert text.index("c2") < text.index("c1, c3") and "× 2" in text
+    text = Page(group_html(book)).text
+    assert [text.index(f"c{i}") for i in (1, 3, 4, 2)] == sorted(text.index(f"c{i}") for i in (1, 3, 4, 2))
+    assert "<step2> is not closed" in text and "not asked" in text and "−1.69" in text
+
+
+def test_a_group_without_spread_says_so():
+    assert "teaches nothing" in group_html(make_group(book_example(), BOOK_COMPLETIONS[:1] * 3))
+
+
+def test_a_group_of_a_method_without_steps_or_judge(book):
+    plain = {**book, "objects": None, "completions": [{**c, "steps": [None] * 3, "verdict": None, "well_formed": True, "why": "", "text": "<think>hm</think> \\boxed{awe}"} for c in book["completions"][:2]]}
+    text = Page(group_html(plain)).text
+    assert "<think>hm</think> \\boxed{awe}" in text and "consistency" not in text
+
+
+def test_long_completions_are_cut(book):
+    long = make_group(book_example(), [f"<step1>{'a ghost ' * 5000}</step1><step2>b</step2><step3>c</step3>\\boxed{{fear}}", "x" * 50_000])
+    page = group_html(long, longest=500)
+    assert len(page) < 12_000 and "characters more" in page
+
+
+# ---- other prices ----------------------------------------------------------------------------------------------------------
+
+def test_repricing_golden(book):
+    overall = lambda w: [c["rewards"]["overall"] for c in reprice(book, w)["completions"]]
+    assert overall(RewardWeights()) == [1.0, 0.15, 0.95, 0.8]
+    assert overall(RewardWeights.preset("released")) == pytest.approx([1.1, 0.2, 1.0, 0.9])
+    assert overall(RewardWeights(lambda_reflective=0, lambda_format=0)) == [1, 0, 1, 1]
+    assert [c["advantage"] for c in reprice(book, RewardWeights(lambda_reflective=0, lambda_format=0))["completions"]] == pytest.approx([3**-0.5, -(3**0.5), 3**-0.5, 3**-0.5])
+
+
+def test_repricing_normalises_as_the_preset_does(book):
+    paid = torch.tensor([1.1, 0.2, 1.0, 0.9])
+    expected = (paid - paid.mean()) / (paid.std() + 1e-6)  # released: sample std
+    assert [c["advantage"] for c in reprice(book, RewardWeights.preset("released"))["completions"]] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_advantage_bars_point_the_right_way():
+    assert 'class="up" style="left:50%;width:50.0%"' in explore.advantage_bar(2.0, 2.0) and "advantage +2.00" in explore.advantage_bar(2.0, 2.0)
+    assert 'class="down" style="left:25.0%;width:25.0%"' in explore.advantage_bar(-1.0, 2.0) and "advantage −1.00" in explore.advantage_bar(-1.0, 2.0)
+    assert "width:0.0%" in explore.advantage_bar(0.0, 0.0)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.sampled_from(["paper", "released"]))
+def test_repricing_keeps_the_facts_and_the_group(l1, l2, preset):
+    book = make_group(book_example(), BOOK_COMPLETIONS)
+    from dataclasses import replace
+    new = reprice(book, replace(RewardWeights.preset(preset), lambda_reflective=l1 * (1 - l2), lambda_format=l2))
+    for old, c in zip(book["completions"], new["completions"]):
+        assert all(old[name] == c[name] for name in ("text", "verdict", "length")) and all(old["rewards"][name] == c["rewards"][name] for name in ("accuracy", "format"))
+    assert sum(c["advantage"] for c in new["completions"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_reward_sliders_rank_anew(book):
+    box = reward_sliders(book)
+    order = lambda: re.findall(r'<th scope="row">(c\d)</th>', box.shown.value)
+    assert order() == ["c1", "c3", "c4", "c2"]
+    box.lambda_reflective.value = 0.6
+    assert order() == ["c1", "c3", "c2", "c4"] and "▲ 1" in box.shown.value and "accuracy keeps 0.30" in box.shown.value
+    box.lambda_reflective.value = 1.0  # together they may not pass 1: the other gives way
+    assert box.lambda_format.value == 0 and "accuracy keeps 0.00" in box.shown.value
+    box.lambda_format.value = 0.25
+    assert box.lambda_reflective.value == 0.75
+    box.lambda_reflective.value, box.lambda_format.value = 0.1, 0.1
+    before, box.preset.value = box.shown.value, "released"
+    assert box.shown.value != before and "1.100" in box.shown.value and "0.900" in box.shown.value
+    Page(box.shown.value).check()
+
+
+# ---- clip and KL -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0, -0.5])
+@pytest.mark.parametrize("delta", [3.0, None])
+def test_the_shaded_range_is_where_the_gradient_is_zero(advantage, delta):
+    ax = plot_clip(0.2, 0.3, delta, advantage)
+    shaded = ax.collections[0].get_paths()
+    for ratio in (0.1, 0.5, 0.75, 0.85, 1.0, 1.25, 1.35, 2.0, 2.95, 3.05, 3.9):
+        x = ax.transData.transform((ratio, 0))[0]
+        inside = any(p.get_extents().x0 <= ratio <= p.get_extents().x1 for p in shaded)
+        assert inside == (token_loss(ratio, advantage, 0.2, 0.3, delta)[1] == 0), ratio
+
+
+def test_token_loss_is_the_loss_of_training():
+    from emo_r3.loss import grpo_loss
+    for ratio in (0.3, 1.0, 1.2, 2.5, 3.5):
+        for advantage in (1.5, -0.7):
+            expected, _ = grpo_loss(torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), epsilon_low=0.2, epsilon_high=0.3, delta=3.0)
+            assert token_loss(ratio, advantage)[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_clip_explorer_follows_its_controls():
+    box = clip_explorer()
+    said = lambda: Page(box.shown.value).text
+    assert "ratio 1.00: loss -1.00, gradient -1.00: the token is made likelier" in said()
+    box.ratio.value = 1.5
+    assert "loss -1.30, held" in said()
+    box.epsilon_high.value = 0.6
+    assert "loss -1.50, gradient -1.50" in said()
+    box.sign.value = -1.0
+    assert "gradient +1.50: the token is made rarer" in said()
+    box.ratio.value = 3.5
+    assert "loss +3.00, held" in said()
+    box.dual.value = False
+    assert "loss +3.50, gradient +3.50" in said()
+    box.ratio.value, box.epsilon_low.value = 0.5, 0.3
+    assert "loss +0.70, held" in said()
+    before, box.dual.value = box.shown.value, True
+    box.delta.value = 1.2
+    assert box.shown.value != before and box.shown.value.count("<svg") == 1
+
+
+# ---- stepping through a run ------------------------------------------------------------------------------------------------
+
+def test_browsing_steps_through_all_groups(run):
+    box = browse_groups(run)
+    assert [name for name, _ in box.position.options] == ["step 10, picture 1", "step 10, picture 2", "step 100, picture 1", "step 100, picture 2"]
+    seen = []
+    for _ in range(5):
+        seen.append(box.shown.value)
+        box.next.click()
+    assert len(set(seen)) == 4 and seen[3] == seen[4] and box.position.value == 3  # the last stays
+    for _ in range(9): box.previous.click()
+    assert box.position.value == 0 and box.shown.value == seen[0]
+    Page(box.shown.value).check()
+
+
+def test_browsing_a_run_without_samples_names_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"samples: holds no step_\*.json"): browse_groups(make_run(tmp_path / "run", steps=4, samples=()))
+
+
+# ---- reading a folder ------------------------------------------------------------------------------------------------------
+
+def test_metrics_may_end_in_the_middle_of_a_line_but_not_break_inside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == ([], False)
+    path.write_text('{"step": 1}\n{"step": 2, "x": NaN}\n{"st')
+    rows, torn = read_metrics(path)
+    assert [r["step"] for r in rows] == [1, 2] and torn
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: not readable"): read_metrics(path)
+    path.write_text('{"step": 1}\n[]\n')
+    with pytest.raises(ValueError, match=r"line 2: has no whole number 'step'"): read_metrics(path)
+
+
+@pytest.mark.parametrize("file, content, error, said", [
+    ("config.yaml", None, FileNotFoundError, "config.yaml is missing: .* is not the folder of a run"), ("config.yaml", "[1", ValueError, "config.yaml: not readable as YAML"),
+    ("config.yaml", "- a\n", ValueError, "allowed: a mapping"), ("summary.json", "{", ValueError, "summary.json: not readable as JSON"), ("summary.json", "[]", ValueError, "holds a list"),
+    ("summary.json", '{"before": {"in_domain": {"n": 3}}}', ValueError, "before.in_domain has no number 'accuracy'"), ("summary.json", '{"after": {"style": 3}}', ValueError, "after.style has no number"),
+    ("samples/step_00010.json", "{}", ValueError, "step_00010.json: has no 'step'"), ("samples/step_00010.json", '{"step": 1, "groups": [{}]}', ValueError, "group 0 has no completions"),
+    ("samples/step_00010.json", "nope", ValueError, "step_00010.json: not readable as JSON")])
+def test_a_broken_file_is_named(tmp_path, file, content, error, said):
+    folder = make_run(tmp_path / "run", steps=4, samples=(10,))
+    if content is None: (folder / file).unlink()
+    else: (folder / file).write_text(content)
+    with pytest.raises(error, match=said): RunReport(folder).write()
+    assert not list(folder.glob("*report*")) and not list(folder.glob(".report*"))
+
+
+def test_a_folder_that_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="run folder .*nowhere does not exist"): RunReport(tmp_path / "nowhere")
+
+
+# ---- charts ----------------------------------------------------------------------------------------------------------------
+
+def test_smoothing():
+    assert smooth([5.0] * 50) == pytest.approx([5.0] * 50) and smooth([1, 9]) == [1, 9]
+    assert smooth(list(range(100)))[50] == pytest.approx(50)
+    noisy = [random.Random(i).gauss(0, 1) for i in range(400)]
+    assert len(smooth(noisy)) == 400 and sum(v * v for v in smooth(noisy)) < 0.15 * sum(v * v for v in noisy)
+
+
+@pytest.mark.parametrize("y", [[0.5], [0.3, 0.3], [1e-7, 2e-7, 5e-7], [-3, 1e6, 4], [0.0] * 30])
+@pytest.mark.parametrize("bounds", [(None, None), (0, None), (0, 1)])
+def test_charts_stay_inside_their_frame(y, bounds):
+    page = Page(line_chart("t", "n", [Line("a", "a", list(range(len(y))), y)], bounds=bounds)).check()
+    points = [p for name, key, value in page.attributes if name == "path" and key == "d" for p in re.findall(r"(-?[\d.]+),(-?[\d.]+)", value)]
+    assert points
+    if bounds == (None, None) or (bounds == (0, 1) and 0 <= min(y) and max(y) <= 1): assert all(0 <= float(px) <= 340 and 0 <= float(py) <= 190 for px, py in points)
+
+
+def test_names_at_the_ends_do_not_overlap():
+    page = line_chart("t", "n", [Line(f"line {c}", c, [0, 1], [0, 0.5 + 0.001 * i]) for i, c in enumerate("abcd")], bounds=(0, 1))
+    at = sorted(float(y) for y in re.findall(r'<text x="[\d.]+" y="([\d.]+)" class="t', page))
+    assert len(at) == 4 and all(b - a >= 12 for a, b in zip(at, at[1:]))
+
+
+def test_a_long_run_makes_a_small_chart():
+    steps = list(range(20_000))
+    assert len(line_chart("t", "n", [Line("a", "a", steps, [math.sin(s) for s in steps], low=[-1] * 20_000, high=[1] * 20_000)])) < 20_000
+
+
+def test_colours_can_be_read():
+    def luminance(colour):
+        parts = [int(colour[i: i + 2], 16) / 255 for i in (1, 3, 5)]
+        return sum(w * (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4) for w, p in zip((0.2126, 0.7152, 0.0722), parts))
+    def contrast(a, b):
+        high, low = sorted((luminance(a), luminance(b)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+    for palette in (explore._LIGHT, explore._DARK):
+        for name in ("ink", "dim", "a", "b", "c", "d", "e", "good", "bad", "half"): assert contrast(palette[name], palette["paper"]) >= 4.5, name
+        for name in ("ink", "dim"): assert contrast(palette[name], palette["soft"]) >= 4.5, name
+        for name in ("good", "bad", "half"): assert min(contrast(palette[name], palette[f"{name}_soft"]), contrast(palette["ink"], palette[f"{name}_soft"])) >= 4.5, name
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------------
+
+def test_directions():
+    figures = lambda k, n: {"accuracy": k / n, "n": n}
+    assert direction(figures(50, 100), figures(80, 100)) == "rose" and direction(figures(80, 100), figures(50, 100)) == "fell"
+    assert direction(figures(50, 100), figures(60, 100)) == "unclear" and direction(figures(50, 100), figures(60, 100), {"p_value": 0.002}) == "rose"
+    assert direction(figures(50, 100), figures(80, 100), {"p_value": 0.3}) == "unclear" and direction(figures(5, 10), figures(5, 10), {"p_value": 0.001}) == "unclear"
+
+
+def test_the_report_tells_the_numbers(run):
+    page = Page(RunReport(run).html()).check()
+    summary = json.loads((run / "summary.json").read_text())
+    percent = lambda v: f"{100 * v:.1f}\u00a0%"
+    for d in summary["before"]:
+        for when in ("before", "after"): assert percent(summary[when][d]["accuracy"]) in page.text
+        c = summary["comparison"][d]
+        assert f"{c['gained']} gained, {c['lost']} lost" in page.text
+    b, a = (summary[when]["in_domain"]["accuracy"] for when in ("before", "after"))
+    assert f"Accuracy in domain rose from {percent(b)} to {percent(a)}" in page.text and "EMO-R3 trained for 100 steps in 8 min 32 s." in page.text
+    for title in ("Before and after", "Reward", "Truth and the judge", "KL to the reference", "Early: step 10", "Late: step 100", "unparsed", "asking the judge", "max_completion_tokens", "default 2048", "released code"): assert title in page.text, title
+    assert page.tags.count("img") == 4 and page.tags.count("svg") == 4 + 11
+    counts = summary["before"]["in_domain"]["confusion"]["counts"]
+    assert f"{counts[0][0]} of {sum(counts[0])} annotated amusement were answered amusement" in [v for _, k, v in page.attributes if k == "title"]
+
+
+def test_a_matrix_frames_the_right_answers_and_names_the_worst_mistake():
+    confusion = {"rows": ["awe", "fear"], "columns": ["awe", "fear", "unparsed"], "counts": [[7, 2, 1], [0, 4, 6]]}
+    cells = re.findall(r'<td style="--s:([\d.]+)"(?: class="(\w+)")?', explore._matrix(confusion, "before"))
+    assert cells == [("0.700", "right"), ("0.200", ""), ("0.100", ""), ("0.000", "none"), ("0.400", "right"), ("0.600", "")]
+    assert explore._worst(confusion) == "fear answered as unparsed, 6 times"
+    assert explore._worst(confusion | {"counts": [[9, 1, 0], [0, 9, 0]]}) == "no mistake twice (1 single ones)" and explore._worst(confusion | {"counts": [[9, 0, 0], [0, 9, 0]]}) == "no mistake"
+
+
+def test_curves_end_at_the_last_step(run):
+    report = RunReport(run)
+    assert report.curve("eval/in_domain/accuracy")[0] == [0, 25, 50, 75, 100] and report.curve("eval/faces/accuracy")[0] == [0, 100]
+    assert report.curve("reward")[0] == list(range(1, 101)) and report.curve("nothing") == ([], []) and report.ends("nothing") is None
+    values = report.curve("reward")[1]
+    assert report.ends("reward") == pytest.approx((sum(values[:10]) / 10, sum(values[-10:]) / 10))
+
+
+def test_the_report_needs_nobody_and_runs_nothing(run, hostile_run):
+    for folder in (run, hostile_run):
+        html = RunReport(folder).html()
+        page = Page(html).check()
+        assert "script" not in page.tags and "://" not in html and "@import" not in html and "url(" not in html
+        assert ("meta", "content", explore._SAFE) in page.attributes and "default-src 'none'" in explore._SAFE
+
+
+def test_a_large_run_makes_a_small_page(tmp_path):
+    folder = make_run(tmp_path / "run", steps=1500, G=8, samples=(10, 1500))
+    for path in (folder / "samples").glob("*.json"):
+        sample = json.loads(path.read_text())
+        for record in sample["groups"]:
+            for i, c in enumerate(record["completions"]): c["text"], c["steps"] = f"{i}" + "word " * 2000, ["word " * 800] * 3
+            Image.effect_noise((2400, 1800), 80).save(folder / "samples" / record["picture"])
+        path.write_text(json.dumps(sample))
+    page = RunReport(folder).write()
+    assert page.stat().st_size < 500_000 and "characters more" in page.read_text()
+
+
+def test_missing_pieces_are_said(tmp_path):
+    text = lambda name, **options: Page(RunReport(make_run(tmp_path / name, steps=12, **options)).html()).check().text
+    unfinished = text("unfinished", finished=False, samples=(4, 12))
+    assert "has not ended: summary.json is missing. The last step on record is 12." in unfinished and "nothing to compare yet" in unfinished and "No confusion matrix" in unfinished
+    assert "No group was written" in text("no samples", samples=()) and "no second sample" in text("one sample", samples=(4,)) and "no McNemar test" in text("not paired", paired=False)
+    bare = tmp_path / "bare"
+    bare.mkdir(); (bare / "config.yaml").write_text("method: emo_r3\nseed: 3\nsome_new_field: [1, '<b>']\n")
+    said = Page(RunReport(bare).html()).check().text
+    for part in ("No step is on record.", "No evaluation is on record.", "No training step is on record", "No timing is on record.", "some_new_field", "not a field of this version", '[1, "<b>"]'): assert part in said, part
+    (bare / "summary.json").write_text('{"steps": 5, "before": {}, "after": {}}')
+    assert "not evaluated before and after" in RunReport(bare).html()
+
+
+def test_a_torn_run_is_reported_as_far_as_it_came(tmp_path):
+    folder = make_run(tmp_path / "run", steps=12, finished=False, samples=(4,))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:6]) + lines[6][:40])
+    (folder / "samples" / "step_00004_1.png").unlink()
+    text = Page(RunReport(folder).html()).check().text
+    assert "The last step on record is 5. The last line of metrics.jsonl is only half written." in text and "step_00004_1.png is missing or damaged" in text
+
+
+def test_what_went_wrong_is_said(tmp_path):
+    folder = make_run(tmp_path / "run", steps=40, samples=())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "reward" in row: row |= {"grounding": 0.6, "rewards/consistency/mean": 0.9, "frac_reward_zero_std": 0.8, "completions/clipped_ratio": 0.3, "clip_ratio/high_mean": 0.1, "kl": math.nan}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["before"]["in_domain"]["grounding"], summary["after"]["in_domain"]["grounding"] = 0.97, 0.8
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = Page(RunReport(folder).html()).check().text
+    for part in ("grounding fell by 17 points", "the judge says Yes to 90.0\u00a0% of the step 1s while 60.0\u00a0% are true", "80.0\u00a0% of the groups were paid alike", "30.0\u00a0% of the completions ran into", "Clipped tokens"): assert part in text, part
+    assert "KL to the reference" not in text  # nothing finite was recorded
+
+
+def test_names_from_files_are_escaped_too(tmp_path):
+    folder = make_run(tmp_path / "run", steps=4, samples=())
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"policy": "<script>x</script>", "templates": {"set": "<step1>"}, "method": "<i>"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = json.loads((folder / "summary.json").read_text()) | {"recipe": "</title><script>y</script>"}
+    for when in ("before", "after"): summary[when] = {"<script>z</script>": summary[when]["style"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    page = Page(RunReport(folder).html()).check()
+    assert all(f"<script>{c}</script>" in page.text for c in "xyz")
+
+
+def test_a_report_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
+    target = RunReport(run).write(tmp_path / "page.html")
+    assert target == tmp_path / "page.html" and [p.name for p in tmp_path.iterdir()] == ["page.html"]
+    with pytest.raises(FileNotFoundError, match="nowhere/page.html"): RunReport(run).write(tmp_path / "nowhere" / "page.html")
+    old = target.read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left on device: .*page.html"): RunReport(run).write(target)
+    assert target.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_every_curve_and_phase_is_a_metric_that_training_writes(run):
+    known = {key for line in (run / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+    assert {name for *_, lines in explore._CURVES for name, _, _ in lines} | set(explore._PHASES) <= known
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------------
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+
+
+def browser(folder, *options):
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars".split()
+    command = [CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": str(folder)})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine (Debian and Ubuntu: apt-get install chromium)")
+def test_a_browser_shows_the_page_and_obeys_no_completion(hostile_run, tmp_path):
+    page = RunReport(hostile_run).write(tmp_path / "page.html")
+    dom = browser(tmp_path, "--dump-dom", page.as_uri()).stdout
+    found = Page(dom)
+    assert "<title>EMO-R3 · scenes_cpu · seed 1</title>" in dom and "script" not in found.tags
+    assert found.text.count("<script>document.title='owned'</script>") >= 8 and found.tags.count("img") == 4
+    for theme in ("light", "dark"):
+        options = ["--blink-settings=preferredColorScheme=0", "--force-dark-mode"] if theme == "dark" else []
+        browser(tmp_path, f"--screenshot={tmp_path / theme}.png", "--window-size=1200,1600", *options, page.as_uri())
+    light, dark = (Image.open(tmp_path / f"{theme}.png").convert("L") for theme in ("light", "dark"))
+    brightness = [sum(i * n for i, n in enumerate(picture.histogram())) / (1200 * 1600) for picture in (light, dark)]
+    assert light.size == (1200, 1600) and brightness[0] > 200 and brightness[1] < 90 and len(light.getcolors()) > 50

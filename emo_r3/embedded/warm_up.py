@@ -1,8 +1,9 @@
 """Makes the embedded policy from nothing: `python -m emo_r3.embedded.warm_up --output-dir DIR --seed 1` (about half an hour on two cores).
 
-Two stages. **Naming**: the vision tower alone; each of its 16 output tokens must name, through the tied output head, the object in its cell.
+Three stages, each from the weights that the one before saved. **Naming**: the vision tower alone; each of its 16 output tokens must name, through the tied output head, the object in its cell.
 This puts pictures and words in one space. **Speaking**: the vision tower is frozen, its features are computed once for a pool of scenes, and the
 text model learns the forms of speech: Structured Emotional Thinking, think-then-box, a direct answer, and to answer both reflection questions.
+**Polishing**: the same with fewer errors in the texts and a falling learning rate, so that sampling follows its best guesses more closely.
 
 What it never sees: a scene of a validation or test split (no picture holds a held-out pair of trigger and thing), or the data set's label of any scene. The emotions
 in its traces are drawn from a planted prior over each trigger's two plausible readings, and for half of the triggers the prior favours the other one.
@@ -238,24 +239,25 @@ def text_of(messages) -> str: return messages[0]["content"][-1]["text"]
 
 
 BLANK = Image.new("RGB", (8, 8))  # stands for the picture while a question's text is made; the pool's features take its place
-NOISE = dict(invent=0.10, incoherent=0.08, broken=0.05)
+NOISE = dict(invent=0.10, incoherent=0.08, broken=0.05)  # shares of the traces with each kind of error
+LESS_NOISE = dict(invent=0.04, incoherent=0.03, broken=0.02)
 
 
-def speak_set(rng, i, spec, labels) -> Speech:
-    return Speech(i, text_of(set_messages(emotion_question(labels))), set_trace(rng, spec, labels, NOISE))
+def speak_set(rng, i, spec, labels, noise) -> Speech:
+    return Speech(i, text_of(set_messages(emotion_question(labels))), set_trace(rng, spec, labels, noise))
 
 
-def speak_think(rng, i, spec, labels) -> Speech:
+def speak_think(rng, i, spec, labels, noise) -> Speech:
     "Think-then-box: the same description and response in one breath."
     emotion, = rng.choices(*zip(*prior(spec.trigger, labels).items()))
-    names = swapped(rng, spec.names) if rng.random() < NOISE["invent"] else spec.names
-    answer = rng.choice(labels.labels) if rng.random() < NOISE["incoherent"] else emotion
+    names = swapped(rng, spec.names) if rng.random() < noise["invent"] else spec.names
+    answer = rng.choice(labels.labels) if rng.random() < noise["incoherent"] else emotion
     thought = f"<think>{describe(names[0], names[1:])} {respond(rng, emotion)}</think>"
-    if rng.random() < NOISE["broken"]: thought = thought.replace(rng.choice(["<think>", "</think>"]), "")
+    if rng.random() < noise["broken"]: thought = thought.replace(rng.choice(["<think>", "</think>"]), "")
     return Speech(i, text_of(think_messages(emotion_question(labels))), f"{thought}\n\\boxed{{{answer}}}")
 
 
-def speak_direct(rng, i, spec, labels) -> Speech:
+def speak_direct(rng, i, spec, labels, noise) -> Speech:
     emotion, = rng.choices(*zip(*prior(spec.trigger, labels).items()))
     return Speech(i, text_of(direct_messages(emotion_question(labels))), f"\\boxed{{{emotion}}}")
 
@@ -263,7 +265,7 @@ def speak_direct(rng, i, spec, labels) -> Speech:
 def tagged(rng, step: str, k: int) -> str: return f"<step{k}>{step}</step{k}>" if rng.random() < 0.25 else step
 
 
-def speak_consistency(rng, i, spec, labels) -> Speech:
+def speak_consistency(rng, i, spec, labels, noise) -> Speech:
     "The paper's first question, about a true description (whole or in part) or one with type-matched inventions."
     names = list(spec.names)
     if rng.random() < 0.3: rng.shuffle(names)
@@ -275,14 +277,14 @@ def speak_consistency(rng, i, spec, labels) -> Speech:
     return Speech(i, prompt, "Yes" if all(truth.values()) else "No", 3.0, truth)
 
 
-def speak_checklist(rng, i, spec, labels) -> Speech:
+def speak_checklist(rng, i, spec, labels, noise) -> Speech:
     "A dense form of the same skill: at each name of a list, is it there?"
     absent = [n for _ in range(3) for n in swapped(rng, spec.names) if n not in spec.names]
     names = list(dict.fromkeys([*spec.names, *absent])); rng.shuffle(names)
     return Speech(i, "Which of these can you see in the image? " + ", ".join(names) + ".", verdicts={n: n in spec.names for n in names})
 
 
-def speak_coherence(rng, i, spec, labels) -> Speech:
+def speak_coherence(rng, i, spec, labels, noise) -> Speech:
     "The paper's second question: the emotion that step 2 describes, whatever step 1 says."
     emotion = rng.choice(labels.labels)
     step1, step2 = tagged(rng, describe(spec.names[0], spec.names[1:]), 1), tagged(rng, respond(rng, emotion), 2)
@@ -332,8 +334,9 @@ def speech_loss(tokenizer, model, batch, features) -> tuple[torch.Tensor, torch.
 
 
 # For each share of the run: how many texts of each kind a step takes.
-MIX = [(0.30, {speak_checklist: 16, speak_consistency: 16, speak_coherence: 8}, {speak_set: 10, speak_think: 3, speak_direct: 2}),
-       (1.00, {speak_checklist: 2, speak_consistency: 16, speak_coherence: 8}, {speak_set: 16, speak_think: 5, speak_direct: 2})]
+SPEAKING = [(0.30, {speak_checklist: 16, speak_consistency: 16, speak_coherence: 8}, {speak_set: 10, speak_think: 3, speak_direct: 2}),
+            (1.00, {speak_checklist: 2, speak_consistency: 16, speak_coherence: 8}, {speak_set: 16, speak_think: 5, speak_direct: 2})]
+POLISHING = [(1.00, {speak_consistency: 8, speak_coherence: 4}, {speak_set: 22, speak_think: 7, speak_direct: 2})]
 
 
 def look_at(model, images, specs) -> torch.Tensor:
@@ -342,8 +345,8 @@ def look_at(model, images, specs) -> torch.Tensor:
         return torch.cat([see(model, pixels(images, specs[i: i + 128])) for i in range(0, len(specs), 128)])
 
 
-def learn_to_speak(model, tokenizer, images, rng, steps: int, pool_size: int = 12000, rate: float = 1e-3) -> None:
-    "Stage 2: the text model; the vision tower is frozen and has looked at the pool once."
+def learn_to_speak(model, tokenizer, images, rng, steps: int, mix=SPEAKING, noise=NOISE, rate: float = 1e-3, pool_size: int = 12000) -> None:
+    "Stages 2 and 3: the text model; the vision tower is frozen and has looked at the pool once."
     pool = [warm_scene(rng) for _ in range(pool_size)]
     features, started = look_at(model, images, [s for s, _ in pool]), time.time()
     print(f"speaking: {pool_size} scenes seen", flush=True)
@@ -351,17 +354,17 @@ def learn_to_speak(model, tokenizer, images, rng, steps: int, pool_size: int = 1
     right: dict[str, list[float]] = {}
     for step in range(steps):
         for group in optimizer.param_groups: group["lr"] = schedule(step, steps, rate)
-        short, long = next((s, l) for share, s, l in MIX if step < share * steps)
+        short, long = next((s, l) for share, s, l in mix if step < share * steps)
         optimizer.zero_grad()
         for kinds in (short, long):
-            batch = [kind(rng, i, *pool[i]) for kind, n in kinds.items() for i in rng.sample(range(pool_size), n)]
+            batch = [kind(rng, i, *pool[i], noise) for kind, n in kinds.items() for i in rng.sample(range(pool_size), n)]
             loss, said, wanted = speech_loss(tokenizer, model, batch, features)
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.model.language_model.parameters(), 1.0); optimizer.step()
         if step % 100 == 99:
             with torch.no_grad():
                 for kind in (speak_checklist, speak_consistency, speak_coherence, speak_set):
-                    probe = [kind(rng, i, *pool[i]) for i in rng.sample(range(pool_size), 64)]
+                    probe = [kind(rng, i, *pool[i], noise) for i in rng.sample(range(pool_size), 64)]
                     value, said, wanted = speech_loss(tokenizer, model, probe, features)
                     hits = said == wanted
                     if kind is speak_consistency:  # the verdict alone, not the dense ones
@@ -393,7 +396,7 @@ def judge_figures(judge, n: int, seed: int) -> dict[str, float]:
     return {"consistency": right(said, truth), "yes_when_true": yes_rate(True), "yes_when_false": yes_rate(False), "coherence": right(read, meant)}
 
 
-def measure(model, processor, n: int = 192, seed: int = 0) -> dict[str, float]:
+def measure(model, processor, n: int = 384, seed: int = 0) -> dict[str, float]:
     "The policy's figures on n held-out in-domain scenes, greedy and sampled, and its judgement; compare with GATES."
     sampler, scenes = PolicySampler(model, processor), make_scenes("in_domain", "test", n, seed)
     out = judge_figures(PolicyJudge(model, processor), n, seed)
@@ -416,24 +419,30 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--naming-steps", type=int, default=1200)
     parser.add_argument("--speaking-steps", type=int, default=2000)
+    parser.add_argument("--polishing-steps", type=int, default=300)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if any(args.output_dir.iterdir()): parser.error(f"--output-dir {args.output_dir} is not empty")
     tokenizer, images = build_tokenizer(), build_image_processor()
+    stage = lambda name: args.output_dir / name
     torch.manual_seed(args.seed)
     model = build_model(tokenizer)
     learn_to_name(model, tokenizer, images, random.Random(f"naming {args.seed}"), args.naming_steps)
-    model.save_pretrained(args.output_dir / "named")
+    save(model, tokenizer, images, stage("named"), torch.float32)
+    model = load_policy(stage("named"))
     learn_to_speak(model, tokenizer, images, random.Random(f"speaking {args.seed}"), args.speaking_steps)
-    save(model, tokenizer, images, args.output_dir / "policy")
-    figures = measure(load_policy(args.output_dir / "policy"), load_processor(args.output_dir / "policy"))
+    save(model, tokenizer, images, stage("spoken"))
+    model = load_policy(stage("spoken"))
+    learn_to_speak(model, tokenizer, images, random.Random(f"polishing {args.seed}"), args.polishing_steps, POLISHING, LESS_NOISE, rate=4e-4)
+    save(model, tokenizer, images, stage("policy"))
+    figures = measure(load_policy(stage("policy")), load_processor(stage("policy")))
     for name, value in figures.items(): print(f"{name:18} {value:.3f}" + ("  gate {} to {}".format(*GATES[name]) if name in GATES else ""))
 
 
-def save(model, tokenizer, images, folder: Path) -> None:
-    "Writes the policy in bf16 with its processor."
+def save(model, tokenizer, images, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    "Writes the policy with its processor; what ships is in bf16."
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     images.save_pretrained(folder)
 
