@@ -33,11 +33,11 @@ def machine() -> dict:
 def run(folder: Path, options: list[str], seed: int, more: list[str]) -> None:
     "One training run in a process of its own, unless it has finished before; a half-finished folder is an error."
     if (folder / "summary.json").exists(): return
-    command = [sys.executable, "-m", "emo_r3.cli", "train", "scenes_cpu", "--output-dir", str(folder), "--seed", str(seed), *options, *more]
+    command = [str(Path(sys.executable).with_name("emo-r3")), "train", "scenes_cpu", "--output-dir", str(folder), "--seed", str(seed), *options, *more]
     with folder.with_suffix(".log").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     print(f"{folder.name}: exit code {done.returncode}", flush=True)
-    if done.returncode: raise SystemExit(f"{folder.name} failed, see {folder.with_suffix('.log')}")
+    if done.returncode or not (folder / "summary.json").exists(): raise SystemExit(f"{folder.name} failed, see {folder.with_suffix('.log')}")
 
 
 def gather(folder: Path, cell: str, seed: int) -> dict:
