@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['extract_boxed', 'SETCompletion', 'parse_set', 'parse_think', 'description', 'match_label']
 
-# %% ../nbs/03_parsing.ipynb #e926ad43
+# %% ../nbs/03_parsing.ipynb #3557d3ea
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from .data import LabelSet
 
-# %% ../nbs/03_parsing.ipynb #cfd0988b
+# %% ../nbs/03_parsing.ipynb #bf0c4b1a
 _BOX = "\\boxed{"
 
 
@@ -31,7 +31,7 @@ def _closing_brace(
         start = end + 1
     return -1
 
-# %% ../nbs/03_parsing.ipynb #d0ec6d83
+# %% ../nbs/03_parsing.ipynb #1edd41b3
 def extract_boxed(
     text: str,  # a completion
 ) -> str | None:
@@ -43,7 +43,7 @@ def extract_boxed(
     end = _closing_brace(text, start)
     return None if end < 0 else text[start:end].strip()
 
-# %% ../nbs/03_parsing.ipynb #f4162f13
+# %% ../nbs/03_parsing.ipynb #09a4a80a
 @dataclass(frozen=True)
 class SETCompletion:
     "What was read out of one completion."
@@ -55,7 +55,7 @@ class SETCompletion:
     tagged_steps: tuple[str | None, str | None, str | None]  # the same steps as they were written, tags included
     well_formed_released: bool = False  # the released code's format check
 
-# %% ../nbs/03_parsing.ipynb #b30f30e9
+# %% ../nbs/03_parsing.ipynb #4b746387
 def _span(
     text: str,  # a completion
     tag: str,  # the tag's name, such as "step1"
@@ -69,7 +69,7 @@ def _span(
 def _content(tagged: str | None, tag: str) -> str | None:
     return None if tagged is None else tagged[len(f"<{tag}>"):-len(f"</{tag}>")].strip()
 
-# %% ../nbs/03_parsing.ipynb #8a66b4f8
+# %% ../nbs/03_parsing.ipynb #6e2c2090
 def _tag_fault(text: str, tag: str) -> str:
     "What is wrong with one pair of tags in `text`, or ''."
     opened, closed = text.count(f"<{tag}>"), text.count(f"</{tag}>")
@@ -83,7 +83,7 @@ def _tag_fault(text: str, tag: str) -> str:
         return f"</{tag}> has no <{tag}> before it"
     return ""
 
-# %% ../nbs/03_parsing.ipynb #8a6c3f2a
+# %% ../nbs/03_parsing.ipynb #1a3d54db
 def _box_fault(
     text: str,  # a completion
     last_tag: str,  # the tag behind which the box must stand
@@ -98,7 +98,7 @@ def _box_fault(
         return rf"the last \boxed{{}} stands before </{last_tag}>"
     return ""
 
-# %% ../nbs/03_parsing.ipynb #ace3ae6d
+# %% ../nbs/03_parsing.ipynb #09264329
 def _fault(
     text: str,  # a completion
     tags: Sequence[str],  # names of the tags that must stand in this order
@@ -116,7 +116,7 @@ def _fault(
             return f"<{tag}> is empty"
     return _box_fault(text, tags[-1])
 
-# %% ../nbs/03_parsing.ipynb #6d4ceb3f
+# %% ../nbs/03_parsing.ipynb #59f73aa0
 _SPACE_BY_TAG = re.compile(r"(?<=[<>/])\s+|(?<!\s)\s+(?=[<>/])")
 
 
@@ -136,7 +136,7 @@ def _matches_released(
         at += len(part)
     return True
 
-# %% ../nbs/03_parsing.ipynb #6b636381
+# %% ../nbs/03_parsing.ipynb #4a87b821
 def parse_set(
     text: str,  # a completion that was sampled under the SET prompt
     tags: Sequence[str] = ("step1", "step2", "step3"),  # names of the three steps' tags, as in `PromptTemplates.tags`
@@ -157,7 +157,7 @@ def parse_set(
         well_formed_released=_matches_released(text, tags),
     )
 
-# %% ../nbs/03_parsing.ipynb #9d8b2d03
+# %% ../nbs/03_parsing.ipynb #64e380d9
 def parse_think(
     text: str,  # a completion that was sampled under the think-then-box prompt
 ) -> SETCompletion:
@@ -173,7 +173,7 @@ def parse_think(
         well_formed_released=_matches_released(text, ("think",)),
     )
 
-# %% ../nbs/03_parsing.ipynb #9cb079c7
+# %% ../nbs/03_parsing.ipynb #8445e930
 def description(
     completion: SETCompletion,  # from `parse_set` or `parse_think`
 ) -> str | None:
@@ -183,12 +183,12 @@ def description(
     thought, closed, after = rest.partition("</think>")
     return thought.strip() if opened and closed else None
 
-# %% ../nbs/03_parsing.ipynb #f8eb9ad8
+# %% ../nbs/03_parsing.ipynb #1cfbe8cd
 def _strict(answer: str, label_set: LabelSet) -> str | None:
     wanted = answer.strip().lower()
     return wanted if wanted in label_set else None
 
-# %% ../nbs/03_parsing.ipynb #5ea1b964
+# %% ../nbs/03_parsing.ipynb #731d21f9
 _LOOKS = r"text(?:bf|it|rm|sf|tt|sc|up|md|normal)?|math(?:rm|bf|it|sf|tt|bb|cal|normal)|emph|underline|mbox|boxed|bf|it|rm|bm|boldsymbol|operatorname|displaystyle"
 _LATEX_LOOKS = re.compile(rf"\\+(?:{_LOOKS})(?![a-z])\s*")
 _LATEX_SPACE = re.compile(r"\\[\\,;:! ]|\\q?quad(?![a-z])|(?<!~)~(?!~)")
@@ -206,7 +206,7 @@ def _undress(answer: str) -> str:
     text = _LATEX_SPACE.sub(" ", _LATEX_LOOKS.sub("", text))
     return "" if _TAKEN_BACK.search(text) else text
 
-# %% ../nbs/03_parsing.ipynb #25d2d010
+# %% ../nbs/03_parsing.ipynb #15436bcc
 _BETWEEN = {",", "and", "or", "vs", "versus"}
 
 
@@ -228,7 +228,7 @@ def _members(answer: str) -> tuple[str, ...]:
             members[-1].append(word)
     return tuple(" ".join(words) for words in members if words)
 
-# %% ../nbs/03_parsing.ipynb #a4a39ce4
+# %% ../nbs/03_parsing.ipynb #bc73403d
 @lru_cache(maxsize=64)
 def _names(label_set: LabelSet) -> dict[tuple[str, ...], str]:
     "Every name's members -> the label that it means; a label wins over an alias of the same name."
@@ -244,7 +244,7 @@ def _named_in(member: str, names: dict[tuple[str, ...], str]) -> set[str]:
     pattern = "|".join(re.escape(name) for name in sorted(single, key=len, reverse=True))
     return {single[name] for name in re.findall(rf"(?<!\S)(?:{pattern})(?!\S)", member)}
 
-# %% ../nbs/03_parsing.ipynb #847d25ec
+# %% ../nbs/03_parsing.ipynb #81177295
 _NEGATIONS = frozenset(
     "no not none nothing never neither nor non without cannot isnt dont hardly scarcely barely less lack lacks lacking absence absent "
     "free except unlike instead opposite but".split()
@@ -266,7 +266,7 @@ def _lenient(answer: str, label_set: LabelSet) -> str | None:
     meant = set().union(*named)
     return meant.pop() if len(meant) == 1 and all(named) else None
 
-# %% ../nbs/03_parsing.ipynb #2b37e503
+# %% ../nbs/03_parsing.ipynb #a1774ca2
 def match_label(
     answer: str | None,  # an answer, as `extract_boxed` or a judge gives it; None: there was none
     label_set: LabelSet,  # the labels to choose from, with their aliases

@@ -6,7 +6,7 @@
 __all__ = ['EMBEDDED_POLICY', 'policy_path', 'load_policy', 'VLProcessor', 'load_processor', 'encode_messages', 'repeat_prompts',
            'banned_tokens', 'completion_logps', 'reference', 'staged_folder', 'save_policy']
 
-# %% ../nbs/08_policy.ipynb #7b71a93a
+# %% ../nbs/08_policy.ipynb #269f37bb
 import copy
 import os
 import shutil
@@ -25,7 +25,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from .loss import token_logps
 from .prompts import Messages
 
-# %% ../nbs/08_policy.ipynb #3b2af5b5
+# %% ../nbs/08_policy.ipynb #62fdcfc1
 EMBEDDED_POLICY = resources.files("emo_r3") / "embedded" / "policy"
 
 
@@ -45,7 +45,7 @@ def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id
         raise ValueError(f"policy {folder}: found {found}; allowed: *.safetensors (a pickle could run code while it loads)")
     return str(folder)
 
-# %% ../nbs/08_policy.ipynb #74803966
+# %% ../nbs/08_policy.ipynb #f9998519
 def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, or a hub id
                 dtype: str | torch.dtype = "float32", # of the weights; training keeps float32 master weights
                 device: str | torch.device = "cpu", # where the weights go
@@ -57,7 +57,7 @@ def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, o
     if missing := sorted(info["missing_keys"]): raise ValueError(f"policy {name_or_path}: its weights lack {len(missing)} tensors, {missing[0]} among them; they would have been random")
     return model.to(device).eval()
 
-# %% ../nbs/08_policy.ipynb #8002c062
+# %% ../nbs/08_policy.ipynb #93214bf9
 class _VLProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True, "add_special_tokens": False},
                  "common_kwargs": {"return_tensors": "pt"}}
@@ -79,7 +79,7 @@ class VLProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]: return super().model_input_names + ["mm_token_type_ids"]
 
-# %% ../nbs/08_policy.ipynb #6f59ad60
+# %% ../nbs/08_policy.ipynb #48bc8302
 def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
                    min_pixels: int | None = None, # smallest area a picture is resized to; None keeps the model's own
                    max_pixels: int | None = None, # largest
@@ -96,7 +96,7 @@ def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
     if tokenizer.chat_template is None: raise ValueError(f"policy {path}: its tokenizer has no chat template")
     return VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
-# %% ../nbs/08_policy.ipynb #14d0cd61
+# %% ../nbs/08_policy.ipynb #23e0edf6
 def encode_messages(processor: VLProcessor, # the policy's processor
                     batch: Sequence[Messages], # chat messages, pictures inside
                    ) -> BatchFeature: # input_ids, attention_mask, mm_token_type_ids (B, P); pixel_values (patches, values), image_grid_thw (pictures, 3)
@@ -105,7 +105,7 @@ def encode_messages(processor: VLProcessor, # the policy's processor
     images = [item["image"] for m in batch for turn in m if not isinstance(turn["content"], str) for item in turn["content"] if item["type"] == "image"]
     return processor(images=images or None, text=texts)
 
-# %% ../nbs/08_policy.ipynb #4c871e72
+# %% ../nbs/08_policy.ipynb #6a672c1a
 def repeat_prompts(inputs: BatchFeature, # B encoded prompts, at most one picture each
                    index: torch.Tensor, # (N,): which prompt each row takes
                   ) -> dict[str, torch.Tensor]:
@@ -118,13 +118,13 @@ def repeat_prompts(inputs: BatchFeature, # B encoded prompts, at most one pictur
         if chosen: rows |= {"pixel_values": torch.cat([patches[i] for i in chosen]), "image_grid_thw": inputs["image_grid_thw"][chosen]}
     return rows
 
-# %% ../nbs/08_policy.ipynb #7f442f80
+# %% ../nbs/08_policy.ipynb #bcd325b3
 def banned_tokens(model: PreTrainedModel) -> list[int]:
     "Returns the ids that must never be sampled: the image and video placeholders and the vision markers."
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({i for n in names if (i := getattr(model.config, n, None)) is not None})
 
-# %% ../nbs/08_policy.ipynb #c92f6af9
+# %% ../nbs/08_policy.ipynb #82f7225c
 def _with_prompt_each(model: PreTrainedModel, prompts: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: # (N, T, V)
     "Returns the logits that speak about each completion token, from rows of prompt and completion."
     types = torch.cat([prompts["mm_token_type_ids"], torch.zeros_like(ids, dtype=prompts["mm_token_type_ids"].dtype)], 1)
@@ -144,7 +144,7 @@ def _with_prompt_shared(model: PreTrainedModel, prompts: dict[str, torch.Tensor]
     rest = model(input_ids=ids, attention_mask=torch.cat([seen, mask.to(seen.dtype)], 1), position_ids=positions, past_key_values=prefix.past_key_values, use_cache=True)
     return torch.cat([prefix.logits.repeat_interleave(G, 0), rest.logits[:, :-1]], 1)
 
-# %% ../nbs/08_policy.ipynb #f921db06
+# %% ../nbs/08_policy.ipynb #12638b19
 def completion_logps(model: PreTrainedModel, # any Qwen2.5-VL policy
                      prompts: dict[str, torch.Tensor], # B prompts, left-padded, from `encode_messages` or `repeat_prompts`
                      completion_ids: torch.Tensor, # (N, T), right-padded; N a multiple of B, rows i * N / B and on belong to prompt i
@@ -166,13 +166,13 @@ def completion_logps(model: PreTrainedModel, # any Qwen2.5-VL policy
         log_p = (logits / temperature).log_softmax(-1)
         return logps, -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0)).sum(-1)
 
-# %% ../nbs/08_policy.ipynb #a1b2fdc8
+# %% ../nbs/08_policy.ipynb #b0b10561
 def reference(model: PreTrainedModel, # the policy before training
              ) -> PreTrainedModel:
     "Returns a frozen copy that shares no memory with the policy."
     return copy.deepcopy(model).requires_grad_(False).eval()
 
-# %% ../nbs/08_policy.ipynb #d3394c07
+# %% ../nbs/08_policy.ipynb #d27a52e8
 @contextmanager
 def staged_folder(target: Path, # the folder that should appear, whole or not at all
                  ):

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'RewardWeights', 'format_reward', 'accuracy_reward', 'pars
            'consistency_reward', 'coherence_reward', 'reflective_reward', 'overall_reward', 'RewardRecord',
            'reward_completion', 'reward_shares']
 
-# %% ../nbs/04_rewards.ipynb #18276c2d
+# %% ../nbs/04_rewards.ipynb #e5bbfddd
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from numbers import Real
 from .data import LabelSet, did_you_mean
 from .parsing import SETCompletion, extract_boxed, match_label
 
-# %% ../nbs/04_rewards.ipynb #7bf7c1e4
+# %% ../nbs/04_rewards.ipynb #adb9f936
 _CHOICES = {  # field: allowed values
     "reflective": ("mean", "sum"),
     "consistency_rule": ("answer", "anywhere"),
@@ -37,7 +37,7 @@ def _check_number(name: str, value: object, low: float, high: float, allowed: st
     if not isinstance(value, Real) or not low <= value <= high:  # NaN fails the comparisons
         raise ValueError(f"{name}: got {value!r}; allowed: {allowed}")
 
-# %% ../nbs/04_rewards.ipynb #18f506c1
+# %% ../nbs/04_rewards.ipynb #b6f0a68f
 def _check_weights(w: "RewardWeights") -> None:
     for name, allowed in _CHOICES.items():
         _check_choice(f"rewards.{name}", getattr(w, name), allowed)
@@ -57,14 +57,14 @@ def _check_weights(w: "RewardWeights") -> None:
         raise ValueError(f"rewards.lambda_reflective + rewards.lambda_format: got {w.lambda_reflective} + {w.lambda_format}; "
                          "allowed: a sum of at most 1, of which accuracy gets the rest")
 
-# %% ../nbs/04_rewards.ipynb #42c3340b
+# %% ../nbs/04_rewards.ipynb #a2531ca6
 METHODS = ("grpo", "set", "emo_r3")  # a plain prompt; SET's prompt without reflection; the whole method
 _BASELINE = dict(lambda_reflective=0.0, lambda_format=0.1, unparseable=0.0)  # .9 accuracy + .1 format (released code's history)
 _RELEASED = dict(reflective="sum", unparseable=0.5, consistency_rule="anywhere", label_mode="strict",
                  format_check="full", step_text="tagged", std="sample", eps=1e-6)
 _PRESETS = {"paper": {}, "released": _RELEASED}  # what differs from the defaults
 
-# %% ../nbs/04_rewards.ipynb #89cb490a
+# %% ../nbs/04_rewards.ipynb #7a5ca51e
 @dataclass(frozen=True)
 class RewardWeights:
     "What is paid for what; the defaults are the paper's. Raises ValueError, naming the field, for a value that is not allowed."
@@ -105,7 +105,7 @@ class RewardWeights:
         weights = cls.preset(preset)
         return weights if method == "emo_r3" else replace(weights, **_BASELINE)
 
-# %% ../nbs/04_rewards.ipynb #3bc10288
+# %% ../nbs/04_rewards.ipynb #4d0e9ce0
 def format_reward(
     completion: SETCompletion,  # from `parse_set`, or from `parse_think` for the baseline's prompt
     weights: RewardWeights = RewardWeights(),
@@ -114,7 +114,7 @@ def format_reward(
     full = weights.format_check == "full"
     return float(completion.well_formed_released if full else completion.well_formed)
 
-# %% ../nbs/04_rewards.ipynb #fe3b65a1
+# %% ../nbs/04_rewards.ipynb #bf7da687
 def accuracy_reward(
     answer: str | None,  # what stood in the last box; None: there was none
     label: str,  # the annotated emotion E*
@@ -125,7 +125,7 @@ def accuracy_reward(
     _check_choice("label", label, tuple(label_set))
     return float(answer is not None and match_label(answer, label_set, mode=weights.label_mode) == label)
 
-# %% ../nbs/04_rewards.ipynb #f0038e77
+# %% ../nbs/04_rewards.ipynb #56096455
 _NEGATIONS = {"no", "not", "cannot"}
 _LONGEST_ANSWER = 1000  # characters; a longer text is no answer to a yes-or-no question, and costs time to read
 
@@ -149,7 +149,7 @@ def parse_consistency(
         return True
     return False if words[:1] == ["no"] and "yes" not in words else None
 
-# %% ../nbs/04_rewards.ipynb #2daa1874
+# %% ../nbs/04_rewards.ipynb #32b88112
 def parse_coherence(
     text: str,  # the reflector's answer to the coherence question
     label_set: LabelSet,  # the labels that it could choose from
@@ -163,7 +163,7 @@ def parse_coherence(
     lowered = answer.strip().lower()
     return None if lowered in ("", "none") else lowered
 
-# %% ../nbs/04_rewards.ipynb #242e096a
+# %% ../nbs/04_rewards.ipynb #609b4823
 def consistency_reward(
     verdict: bool | None,  # from `parse_consistency`, or from the probabilities of Yes and No; None: no readable verdict
     weights: RewardWeights = RewardWeights(),
@@ -180,7 +180,7 @@ def coherence_reward(
     "R_coh: 1.0 if the answer is the annotated label, 0.0 if it is another, `weights.unparseable` for None (Sec. 3.3)."
     return float(weights.unparseable if answer is None else answer == label)
 
-# %% ../nbs/04_rewards.ipynb #a8c13817
+# %% ../nbs/04_rewards.ipynb #f9474ff5
 def _check_reward(name: str, value: float) -> None:
     _check_number(f"{name} reward", value, 0, 1, "a number from 0 to 1")
 
@@ -196,7 +196,7 @@ def reflective_reward(
     total = float(consistency + coherence)
     return total / 2 if weights.reflective == "mean" else total
 
-# %% ../nbs/04_rewards.ipynb #29efe678
+# %% ../nbs/04_rewards.ipynb #21e95f14
 def overall_reward(
     accuracy: float,  # R_acc, 0 to 1
     format: float,  # R_format, 0 to 1
@@ -211,7 +211,7 @@ def overall_reward(
     total = weights.lambda_accuracy * accuracy + weights.lambda_reflective * reflective + weights.lambda_format * format
     return round(float(total), 12)  # so that rewards which are equal on paper are equal numbers, and a group of them has no spread
 
-# %% ../nbs/04_rewards.ipynb #7248b8c0
+# %% ../nbs/04_rewards.ipynb #70d58f25
 @dataclass(frozen=True)
 class RewardRecord:
     "Every reward of one completion."
@@ -222,7 +222,7 @@ class RewardRecord:
     reflective: float  # R_RER (Eq. 5), up to 2 under `released`
     overall: float  # R (Eq. 6), what the advantages are made of
 
-# %% ../nbs/04_rewards.ipynb #dba838f8
+# %% ../nbs/04_rewards.ipynb #d02b3084
 def reward_completion(
     completion: SETCompletion,  # a parsed completion
     label: str,  # the annotated emotion E*
@@ -241,7 +241,7 @@ def reward_completion(
     overall = overall_reward(accuracy, format, consistency, coherence, weights)
     return RewardRecord(format, accuracy, float(consistency), float(coherence), reflective, overall)
 
-# %% ../nbs/04_rewards.ipynb #fd3a085d
+# %% ../nbs/04_rewards.ipynb #f2759f2a
 def reward_shares(
     record: RewardRecord,
     weights: RewardWeights = RewardWeights(),  # the ones that the record was made with

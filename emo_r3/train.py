@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'Piece', 'Evaluation',
            'known_content_metrics', 'throughput', 'batches', 'number_of_steps', 'group_record', 'write_sample',
            'check_run_folder', 'open_run_folder', 'append_metrics', 'eval_metrics', 'write_summary', 'train']
 
-# %% ../nbs/12_train.ipynb #deb94298
+# %% ../nbs/12_train.ipynb #34554439
 import json
 import math
 import time
@@ -35,7 +35,7 @@ from .rewards import METHODS, RewardRecord, RewardWeights, reward_completion
 from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
 
-# %% ../nbs/12_train.ipynb #3c89eadd
+# %% ../nbs/12_train.ipynb #f9bd0dfc
 def knob(default, # the value, or a function that makes it
          help: str, # what it does, with its unit
          source: str, # where the default comes from
@@ -44,7 +44,7 @@ def knob(default, # the value, or a function that makes it
     how = {"default_factory": default} if callable(default) else {"default": default}
     return field(**how, metadata={"help": help, "source": source})
 
-# %% ../nbs/12_train.ipynb #e8f6abe5
+# %% ../nbs/12_train.ipynb #b8853835
 @dataclass(frozen=True)
 class TrainConfig:
     "Every choice of a run; raises ValueError, naming field, value and what is allowed."
@@ -98,7 +98,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/12_train.ipynb #3585d75f
+# %% ../nbs/12_train.ipynb #ca032988
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
            "reflection": ("score", "generate"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
@@ -132,7 +132,7 @@ def check_config(config: "TrainConfig") -> None:
     if not isinstance(config.templates, Mapping): complain("templates", "a mapping from template names to texts")
     reward_weights(config), PromptTemplates.from_dict(config.templates)
 
-# %% ../nbs/12_train.ipynb #567def6b
+# %% ../nbs/12_train.ipynb #f84bb4c6
 def reward_weights(config: TrainConfig) -> RewardWeights:
     "Returns the reward rules of a run: the method's under its preset, with the weights that the configuration replaces."
     weights = RewardWeights.for_method(config.method, config.preset)
@@ -149,7 +149,7 @@ def make_config(values: Mapping, # field names and values, as a recipe gives the
         if name not in known: raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
-# %% ../nbs/12_train.ipynb #dc022a18
+# %% ../nbs/12_train.ipynb #2c9cb7f5
 def policy_messages(method: str, # emo_r3, set or grpo
                     examples: Sequence[EmotionExample], # B
                     templates: PromptTemplates, # the prompts' texts
@@ -163,7 +163,7 @@ def parse_completions(method: str, texts: Sequence[str], templates: PromptTempla
     "Returns the completions read as the method's prompt asked for them."
     return [parse_think(t) if method == "grpo" else parse_set(t, templates.tags) for t in texts]
 
-# %% ../nbs/12_train.ipynb #c53adf0b
+# %% ../nbs/12_train.ipynb #5d1081d8
 def score_completions(completions: Sequence[SETCompletion], # N
                       examples: Sequence[EmotionExample], # N, each repeated for its group
                       verdicts: Sequence[ReflectionVerdict] | None, # N, or None where the method does not reflect
@@ -174,7 +174,7 @@ def score_completions(completions: Sequence[SETCompletion], # N
     return [reward_completion(c, x.label, x.label_set, weights, **({} if v is None else {"consistency": v.consistency, "coherence": v.coherence}))
             for c, x, v in zip(completions, examples, judged)]
 
-# %% ../nbs/12_train.ipynb #a8fe063b
+# %% ../nbs/12_train.ipynb #bb774383
 @dataclass(frozen=True)
 class Experience:
     "One step's rollouts with everything that was made of them; N = B * G, row i belongs to picture i // G."
@@ -188,7 +188,7 @@ class Experience:
     @property
     def overall(self) -> torch.Tensor: return torch.tensor([r.overall for r in self.rewards]).view(self.advantages.shape)  # (B, G)
 
-# %% ../nbs/12_train.ipynb #686744f6
+# %% ../nbs/12_train.ipynb #fcab49d8
 Piece = tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]  # rows (n,), their prompts, completion ids (n, T) and mask (n, T)
 
 
@@ -212,7 +212,7 @@ def score_rollouts(model: PreTrainedModel, rollouts: Rollouts, config: TrainConf
         out[rows, :ids.shape[1]] = completion_logps(model, prompts, ids, mask, config.temperature).cpu() * mask
     return out
 
-# %% ../nbs/12_train.ipynb #9f6313b7
+# %% ../nbs/12_train.ipynb #e0873ac2
 class Trainer:
     "What lives through a run: the policy, its optimizer, the frozen reference, and whom to ask."
     def __init__(self, config: TrainConfig, # every choice
@@ -233,7 +233,7 @@ class Trainer:
 
     def autocast(self): return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-# %% ../nbs/12_train.ipynb #1f917954
+# %% ../nbs/12_train.ipynb #48f91dbd
 def update(trainer: Trainer, # holds policy and optimizer
            experience: Experience, # the step's rollouts and advantages
            pictures: torch.Tensor, # (b,): whose groups this update takes
@@ -263,7 +263,7 @@ def update(trainer: Trainer, # holds policy and optimizer
     trainer.optimizer.step()
     return metrics | {"grad_norm": norm, "sampling/sampling_logp_difference/max": gap}
 
-# %% ../nbs/12_train.ipynb #8c23ba73
+# %% ../nbs/12_train.ipynb #4351f52f
 def collect(trainer: Trainer, # the run's state
             examples: Sequence[EmotionExample], # B pictures
             seed: int, # of the sampling
@@ -285,7 +285,7 @@ def collect(trainer: Trainer, # the run's state
     advantages = group_advantages(overall, trainer.weights.std, trainer.weights.eps)
     return Experience(tuple(examples), rollouts, tuple(completions), verdicts, tuple(rewards), advantages)
 
-# %% ../nbs/12_train.ipynb #adf840bf
+# %% ../nbs/12_train.ipynb #35c826c2
 def train_step(trainer: Trainer, # the run's state; its policy and optimizer change
                examples: Sequence[EmotionExample], # B pictures
                seed: int, # of the sampling
@@ -304,7 +304,7 @@ def train_step(trainer: Trainer, # the run's state; its policy and optimizer cha
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
     return experience, experience_metrics(experience) | mean | timing | throughput(experience, timing["step_time"]) | {"learning_rate": c.learning_rate}
 
-# %% ../nbs/12_train.ipynb #059be4fa
+# %% ../nbs/12_train.ipynb #19b7971c
 def experience_metrics(experience: Experience) -> dict[str, float]:
     "Returns the metrics of sampling and rewards."
     overall, rollouts = experience.overall, experience.rollouts
@@ -333,7 +333,7 @@ def throughput(experience: Experience, seconds: float) -> dict[str, float]:
     "Returns completion tokens and completions a second of a step."
     return {"perf/tokens_per_s": experience.rollouts.lengths.sum().item() / seconds, "perf/rollouts_per_s": len(experience.completions) / seconds}
 
-# %% ../nbs/12_train.ipynb #6d7d482e
+# %% ../nbs/12_train.ipynb #7ffddee2
 def batches(n: int, # training pictures
             size: int, # pictures a step
             epochs: int, # passes
@@ -350,7 +350,7 @@ def number_of_steps(config: TrainConfig, n: int) -> int:
     by_epochs = config.epochs * (n // config.prompts_per_step)
     return min(by_epochs, config.max_steps or by_epochs)
 
-# %% ../nbs/12_train.ipynb #4bc42fbe
+# %% ../nbs/12_train.ipynb #17a8757e
 def group_record(experience: Experience, b: int, picture: str) -> dict:
     "Returns all about one picture's group as plain JSON."
     x, G, out = experience.examples[b], experience.rollouts.num_generations, []
@@ -378,7 +378,7 @@ def write_sample(folder: Path, # the run's samples/ folder
     target.write_text(json.dumps({"step": step, "groups": records}, indent=1, ensure_ascii=False), encoding="utf-8")
     return target
 
-# %% ../nbs/12_train.ipynb #50f9997d
+# %% ../nbs/12_train.ipynb #57941db8
 def check_run_folder(output_dir: str | Path) -> Path:
     "Returns the path of a run's folder; raises ValueError if something is there already."
     folder = Path(output_dir)
@@ -402,7 +402,7 @@ def append_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> Non
     "Adds one line to metrics.jsonl."
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-# %% ../nbs/12_train.ipynb #8bf67112
+# %% ../nbs/12_train.ipynb #29656f33
 Evaluation = Callable[[PreTrainedModel, str], dict[str, dict]]  # (model, "before" | "during" | "after") -> for each domain its figures
 
 
@@ -417,7 +417,7 @@ def write_summary(folder: Path, summary: dict) -> Path:
     staging.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return staging.rename(target)
 
-# %% ../nbs/12_train.ipynb #ff45d0e9
+# %% ../nbs/12_train.ipynb #d0086954
 def train(config: TrainConfig, # every choice
           policy: PreTrainedModel, # trained in place
           processor: VLProcessor, # its processor
