@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from emo_r3.policy import load_policy, load_processor
+from emo_r3.policy import completion_logps, load_policy, load_processor
 from emo_r3.scenes import make_scenes
 from emo_r3.train import (TrainConfig, Trainer, batches, collect, make_config, number_of_steps, reward_weights, score_rollouts, train, train_step, update)
 
@@ -64,7 +64,7 @@ def test_a_step_is_repeatable_and_on_policy(processor, examples):
     assert torch.equal(a, b) and not torch.equal(a, weights_of(Trainer(SMALL, load_policy(), processor)))
     assert m["reward"] == n["reward"] and m["kl"] == 0 and m["sampling/sampling_logp_difference/max"] < 1e-5
     assert m["clip_ratio/region_mean"] == 0 and m["grad_norm"] > 0
-    with torch.no_grad(): assert (a - step(replace(SMALL, rows_per_forward=3, shared_prefix=False))[0]).abs().mean() < 1e-7  # Adam makes a step of 1e-4 of any gradient, rounding included
+    assert (a - step(replace(SMALL, rows_per_forward=3, shared_prefix=False))[0]).abs().mean() < 1e-6  # Adam makes a step of 1e-4 of any gradient, rounding included
     assert not torch.equal(a, step(replace(SMALL, method="set"))[0])
 
 
@@ -85,11 +85,11 @@ def test_gradient_does_not_depend_on_how_an_update_is_cut(processor, examples):
 def test_several_updates_reuse_the_rollouts_of_one_policy(processor, examples):
     config = replace(SMALL, prompts_per_update=2, epochs_per_step=2, learning_rate=1e-3)
     trainer = Trainer(config, load_policy(), processor)
-    steps = []
-    trainer.optimizer.step, plain = (lambda real=trainer.optimizer.step: (steps.append(1), real())[1]), None
+    steps, real = [], trainer.optimizer.step
+    trainer.optimizer.step = lambda: (steps.append(1), real())
     _, metrics = train_step(trainer, examples[:4], seed=5)
     assert len(steps) == 4 and metrics["kl"] > 0  # the later updates have left the reference
-    assert plain is None and metrics["sampling/sampling_logp_difference/max"] < 1e-5  # the old policy is the one that sampled
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5  # the old policy is the one that sampled
 
 
 def test_reference_never_moves_and_judges_where_asked(processor, examples):
@@ -118,14 +118,13 @@ def test_pictures_and_prompts_stay_together(processor, examples):
     logps = score_rollouts(trainer.policy, rollouts, SMALL)
     order = torch.tensor([2, 0, 3, 1])
     rows = (order[:, None] * 4 + torch.arange(4)).flatten()
-    from emo_r3.policy import completion_logps
     with torch.no_grad(): permuted = completion_logps(trainer.policy, *rollouts.rows(rows), 1.0)
     mask = rollouts.completion_mask[rows][:, :permuted.shape[1]].bool()
     torch.testing.assert_close(permuted[mask], logps[rows][:, :permuted.shape[1]][mask], atol=1e-5, rtol=0)
 
 
 def test_an_update_that_is_not_finite_is_not_made(processor, examples):
-    trainer = Trainer(SMALL, load_policy(), processor)
+    trainer = Trainer(replace(SMALL, beta=0.0), load_policy(), processor)
     experience = collect(trainer, examples[:4], 5, {})
     before = weights_of(trainer)
     with pytest.raises(FloatingPointError, match="grad_norm = nan"):
