@@ -7,6 +7,7 @@ Every run is `emo-r3 train scenes_cpu --method ... --judge ... --seed ...`, one 
 into benchmarks/results/three_methods.json, which the page nbs/tutorials/three_methods.ipynb and the README read.
 """
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CELLS = {"grpo": ["--method", "grpo"], "set": ["--method", "set"], "emo_r3": ["--method", "emo_r3"], "emo_r3, reference judges": ["--method", "emo_r3", "--judge", "reference"]}
+CELLS = {"emo_r3": ["--method", "emo_r3"], "set": ["--method", "set"], "emo_r3, reference judges": ["--method", "emo_r3", "--judge", "reference"], "grpo": ["--method", "grpo"]}
 KEEP = ("accuracy", "n", "ci95", "unparsed", "format", "grounding", "coverage", "macro_f1", "consistent", "faithfulness", "judge_accuracy")
 CURVES = ("reward", "rewards/accuracy/mean", "rewards/format/mean", "rewards/consistency/mean", "rewards/coherence/mean", "grounding", "judge/consistency_accuracy",
           "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "step_time", "timing_s/rollout", "timing_s/reflect", "timing_s/logps", "timing_s/update")
@@ -27,16 +28,23 @@ def machine() -> dict:
     import torch, transformers
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "gpu": None}
+    git = lambda *words: subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True).stdout.strip()
+    weights = HERE.parent / "emo_r3" / "embedded" / "policy" / "model.safetensors"
+    return {"commit": git("rev-parse", "--short", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")), "policy_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+            "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "gpu": None}
 
 
 def run(folder: Path, options: list[str], seed: int, more: list[str]) -> None:
     "One training run in a process of its own, unless it has finished before; a half-finished folder is an error."
-    if (folder / "summary.json").exists(): return
+    if (folder / "summary.json").exists():
+        said = json.loads((folder / "command.json").read_text())
+        if said != [machine()["policy_sha256"], *options, *more]: raise SystemExit(f"{folder.name} was run otherwise ({said}); remove it, or name another --runs folder")
+        return
     command = [str(Path(sys.executable).with_name("emo-r3")), "train", "scenes_cpu", "--output-dir", str(folder), "--seed", str(seed), *options, *more]
     with folder.with_suffix(".log").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     print(f"{folder.name}: exit code {done.returncode}", flush=True)
+    if done.returncode == 0: (folder / "command.json").write_text(json.dumps([machine()["policy_sha256"], *options, *more]))
     if done.returncode or not (folder / "summary.json").exists(): raise SystemExit(f"{folder.name} failed, see {folder.with_suffix('.log')}")
 
 
@@ -60,7 +68,7 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing")
     args, more = parser.parse_known_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    jobs = [(args.runs / f"{cell.split(',')[0]}{'-reference' if ',' in cell else ''}-{seed}", cell, seed) for seed in range(1, args.seeds + 1) for cell in CELLS]
+    jobs = [(args.runs / f"{cell.split(',')[0]}{'-reference' if ',' in cell else ''}-{seed}", cell, seed) for cell in CELLS for seed in range(1, args.seeds + 1)]
     if not args.collect:
         with ThreadPoolExecutor(args.parallel) as pool: list(pool.map(lambda j: run(j[0], CELLS[j[1]], j[2], more), jobs))
     found = [gather(*job) for job in jobs if (job[0] / "summary.json").exists()]

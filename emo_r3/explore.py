@@ -10,7 +10,7 @@ __all__ = ['Html', 'escape', 'tag', 'join', 'style_sheet', 'fragment', 'picture_
            'evaluation_charts', 'training_charts', 'groups_html', 'confusion_html', 'timing_html', 'config_html',
            'tiles_html', 'report_page']
 
-# %% ../nbs/16_explore.ipynb #d2fa126d
+# %% ../nbs/16_explore.ipynb #19bbe00d
 import base64
 import html
 import io
@@ -39,7 +39,7 @@ from .rewards import RewardRecord, RewardWeights, overall_reward, reflective_rew
 from .scenes import named_objects
 from .train import Experience, TrainConfig, group_record
 
-# %% ../nbs/16_explore.ipynb #2fb25df9
+# %% ../nbs/16_explore.ipynb #85c8902d
 class Html(str):
     "Text that is HTML already; a notebook shows it as such."
     def _repr_html_(self) -> str: return str(self)
@@ -54,7 +54,7 @@ def escape(
     "Returns a value as text that a browser shows and never obeys."
     return value if isinstance(value, Html) else Html(html.escape(_UNSHOWABLE.sub("\ufffd", str(value))))
 
-# %% ../nbs/16_explore.ipynb #0e2c8e83
+# %% ../nbs/16_explore.ipynb #b769e58f
 _VOID = ("img", "meta", "link", "br", "hr")
 
 
@@ -77,7 +77,7 @@ def join(
     "Returns the parts side by side, escaped where they are not `Html`."
     return Html(escape(between).join(escape(part) for part in parts if part is not None))
 
-# %% ../nbs/16_explore.ipynb #aad4e9f8
+# %% ../nbs/16_explore.ipynb #e71f42e5
 _LIGHT = dict(ink="#1b2230", dim="#586174", line="#d8dde6", paper="#ffffff", soft="#f4f6f9", a="#1a66a8", b="#a85408", c="#7a489c", d="#0a7358", e="#5c6577",
               good="#0a7358", bad="#b03217", half="#7d6200", good_soft="#e0f2ec", bad_soft="#fbe8e2", half_soft="#f7efd2")
 _DARK = dict(ink="#e5e9f1", dim="#a3adbf", line="#353c4b", paper="#12151c", soft="#1b202a", a="#6cb4f2", b="#f2a65e", c="#cba4f0", d="#5dd0ae", e="#a3adbf",
@@ -96,7 +96,7 @@ _THEME = f"""
 .emo code,.emo pre{{font-family:"JetBrains Mono","SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace;font-size:.86em;background:none;color:inherit}}
 """
 
-# %% ../nbs/16_explore.ipynb #9198166c
+# %% ../nbs/16_explore.ipynb #967c67f6
 _GROUP_STYLE = """
 .emo .group{display:grid;grid-template-columns:168px minmax(0,1fr);gap:18px;padding:16px;border:1px solid var(--line);border-radius:12px;background:var(--paper)}
 .emo .side img,.emo .nopic{display:block;width:168px;height:auto;border-radius:8px;background:var(--soft);margin:0 0 8px}
@@ -121,7 +121,7 @@ _GROUP_STYLE = """
 .emo .side img,.emo .nopic{width:112px;flex:none}}
 """
 
-# %% ../nbs/16_explore.ipynb #b35240f9
+# %% ../nbs/16_explore.ipynb #e3c7e88b
 _CHART_STYLE = """
 .emo table{border-collapse:collapse;table-layout:auto;font-size:14px;background:none;color:inherit;margin:0} .emo.emo th,.emo.emo td{text-align:left;padding:4px 12px 4px 0;border:0;background:none;font-weight:inherit;color:inherit;vertical-align:baseline}
 .emo tr{background:none!important}
@@ -150,7 +150,7 @@ _CHART_STYLE = """
 .emo svg .dash.hair{stroke-dasharray:4 4} .emo svg path.band{fill:var(--c);stroke:none;opacity:.16}
 """
 
-# %% ../nbs/16_explore.ipynb #2ab22686
+# %% ../nbs/16_explore.ipynb #8f829fc3
 _REPORT_STYLE = """
 body.emo{margin:0} .emo.page{font-size:16px} .emo.page>*{width:min(1100px,100% - 48px);margin:0 auto} .emo header{padding-top:40px}
 .emo h1{font-size:clamp(26px,4vw,38px);line-height:1.15;margin:2px 0 4px;letter-spacing:-.015em;overflow-wrap:anywhere}
@@ -174,7 +174,7 @@ body.emo{margin:0} .emo.page{font-size:16px} .emo.page>*{width:min(1100px,100% -
 .emo .pt.after{background:var(--a)}
 """
 
-# %% ../nbs/16_explore.ipynb #3ebb1da1
+# %% ../nbs/16_explore.ipynb #e34c90e8
 _LATER_STYLE = """
 .emo .early-late{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:24px}
 .emo .when{display:grid;gap:16px;align-content:start;min-width:0} .emo .early-late .group{grid-template-columns:1fr}
@@ -214,7 +214,7 @@ def fragment(
     "Returns HTML with its style sheet, ready for a notebook's output."
     return HTML(style_sheet() + tag("div", content, class_="emo", style="padding:10px;border-radius:12px;max-width:1020px"))
 
-# %% ../nbs/16_explore.ipynb #60c9fb9c
+# %% ../nbs/16_explore.ipynb #690c4fc6
 def picture_uri(
     picture: Image.Image | str | Path,  # a picture, or its file
     longest_pixels: int = 360,  # a larger picture is scaled down to this edge
@@ -232,7 +232,7 @@ def picture_uri(
     small.save(buffer, "WEBP", quality=88)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-# %% ../nbs/16_explore.ipynb #84ab5080
+# %% ../nbs/16_explore.ipynb #039f4ec8
 def _chip(name: str, value: float, said: str = "") -> Html:
     mark, kind = ("✓", "good") if value >= 1 else ("✗", "bad") if value <= 0 else ("◐", "half")
     said = tag("span", f" {said}", class_="dim") if said else None
@@ -255,7 +255,7 @@ def _chips(completion: Mapping) -> Html:
                   _chip("coherence", paid["coherence"], _answer(verdict, "coherence_answer", completion))]
     return tag("div", *chips, class_="chips")
 
-# %% ../nbs/16_explore.ipynb #130d0a3f
+# %% ../nbs/16_explore.ipynb #b36537cd
 def _cut(text: str, longest: int) -> str: return text if len(text) <= longest else f"{text[:longest]} … ({len(text) - longest:,} characters more)"
 
 
@@ -271,7 +271,7 @@ def marked_objects(
     mark = lambda word: tag("ins", word, title="in the picture") if word.lower() in there else tag("del", word, title="not in the picture")
     return join(mark(part) if i % 2 else part for i, part in enumerate(parts))
 
-# %% ../nbs/16_explore.ipynb #286e3ef8
+# %% ../nbs/16_explore.ipynb #03955bba
 _STEPS = ("sees", "feels", "concludes")
 
 
@@ -298,7 +298,7 @@ def _words(completion: Mapping, objects: Sequence[str] | None, longest: int) -> 
     tidy = completion["well_formed"] and any(step is not None for step in completion["steps"])
     return tag("div", _steps(completion, objects, longest) if tidy else _raw(completion, longest), class_="words", dir="auto")
 
-# %% ../nbs/16_explore.ipynb #c6e7667f
+# %% ../nbs/16_explore.ipynb #f930cd7e
 def _signed(value: float, digits: int = 2) -> str: return f"{value:+.{digits}f}".replace("-", "−")
 
 
@@ -321,7 +321,7 @@ def _card(names: Sequence[str], completion: Mapping, objects: Sequence[str] | No
                tag("span", f"{completion['length']} tokens", class_="num dim"), class_="head")
     return tag("li", head, _chips(completion), _words(completion, objects, longest))
 
-# %% ../nbs/16_explore.ipynb #4e2fcb5a
+# %% ../nbs/16_explore.ipynb #1e1bb76e
 def _gathered(completions: Sequence[Mapping]) -> list[tuple[list[str], Mapping]]:
     "The completions best first, those that are the same in text, reward and advantage together."
     found: dict[tuple, tuple[list[str], Mapping]] = {}
@@ -338,7 +338,7 @@ def _picture(record: Mapping, picture: Image.Image | str | Path | None) -> Html:
     try: return tag("img", src=picture_uri(picture), alt=alt)
     except (FileNotFoundError, ValueError): return tag("div", f"{Path(picture).name} is missing or damaged", class_="nopic bad")
 
-# %% ../nbs/16_explore.ipynb #616f1c50
+# %% ../nbs/16_explore.ipynb #d757c4ed
 _NOTHING = tag("p", "All were paid the same, so no advantage: this group teaches nothing.", class_="half")
 
 
@@ -357,7 +357,7 @@ def group_html(
     cards = [_card(names, c, objects, largest, longest) for names, c in _gathered(completions)]
     return tag("article", tag("div", _picture(record, picture), facts, class_="side"), tag("ol", *cards), class_="group")
 
-# %% ../nbs/16_explore.ipynb #c4ef68a5
+# %% ../nbs/16_explore.ipynb #16196a1d
 def show_group(
     group: Mapping | Experience,  # a record of `group_record`, or a whole step's experience
     picture: Image.Image | str | Path | None = None,  # the picture or its file; None: the experience's own, or the file that the record names
@@ -369,7 +369,7 @@ def show_group(
         group = group_record(group, index, "")
     return fragment(group_html(group, group.get("picture") if picture is None else picture))
 
-# %% ../nbs/16_explore.ipynb #8543269f
+# %% ../nbs/16_explore.ipynb #5f70b37f
 def reprice(
     record: Mapping,  # a group
     weights: RewardWeights,  # the new prices
@@ -384,7 +384,7 @@ def reprice(
     advantages = group_advantages(torch.tensor([[r["overall"] for r in rewards]], dtype=torch.float64), weights.std, weights.eps)[0].tolist()
     return {**record, "completions": [{**c, "rewards": r, "advantage": a} for c, r, a in zip(record["completions"], rewards, advantages)]}
 
-# %% ../nbs/16_explore.ipynb #9c13372d
+# %% ../nbs/16_explore.ipynb #dd02c75f
 _SHARES = {"accuracy": "a", "consistency": "b", "coherence": "c", "format": "d"}  # share -> colour
 
 
@@ -403,7 +403,7 @@ def _ranks(record: Mapping) -> list[int]: # the place of each completion, 1 is t
 def _moved(by: int) -> Html | None: # places gained
     return tag("span", f"{'▲' if by > 0 else '▼'} {abs(by)}", class_="good" if by > 0 else "bad") if by else None
 
-# %% ../nbs/16_explore.ipynb #b76f613a
+# %% ../nbs/16_explore.ipynb #84a1e773
 def _heading(names: Sequence[str]) -> Html: return tag("thead", tag("tr", *(tag("th", name, scope="col") for name in names)))
 
 
@@ -428,7 +428,7 @@ def ranking_html(
     table = tag("table", _heading(("rank", "moved", "", "reward by share", "R", "advantage", "A")), tag("tbody", *rows), class_="ranking")
     return tag("div", table, key, class_="scroll")
 
-# %% ../nbs/16_explore.ipynb #54e8d52c
+# %% ../nbs/16_explore.ipynb #820c1974
 def reward_sliders(
     record: Mapping,  # a group
 ) -> widgets.VBox:  # its controls are the attributes lambda_reflective, lambda_format and preset, its table is `shown`
@@ -451,7 +451,7 @@ def reward_sliders(
     box.lambda_reflective, box.lambda_format, box.preset, box.shown = l1, l2, preset, shown
     return box
 
-# %% ../nbs/16_explore.ipynb #192076ab
+# %% ../nbs/16_explore.ipynb #cd85efbe
 def token_loss(
     ratio: float,  # how much likelier the token has become
     advantage: float,
@@ -465,7 +465,7 @@ def token_loss(
     (slope,) = torch.autograd.grad(loss, logp)
     return loss.item(), slope.item()
 
-# %% ../nbs/16_explore.ipynb #0a35b7f7
+# %% ../nbs/16_explore.ipynb #05323012
 def plot_clip(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.3,
@@ -489,7 +489,7 @@ def plot_clip(
     ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/16_explore.ipynb #b931f78b
+# %% ../nbs/16_explore.ipynb #44eb694f
 _KINDS = {"k1": (_LIGHT["e"], ":"), "k2": (_LIGHT["c"], "--"), "k3": (_LIGHT["d"], "-")}  # colour and line of each estimator
 
 
@@ -508,7 +508,7 @@ def plot_kl(
     ax.legend(frameon=False, fontsize=8); ax.spines[["top", "right"]].set_visible(False)
     return ax
 
-# %% ../nbs/16_explore.ipynb #73a76b4c
+# %% ../nbs/16_explore.ipynb #13869b80
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "emo_r3", "font.family": "sans-serif"}):
@@ -540,7 +540,7 @@ def clip_explorer() -> widgets.VBox:  # its controls are the attributes epsilon_
     box.epsilon_low, box.epsilon_high, box.delta, box.ratio, box.dual, box.sign, box.shown = low, high, delta, ratio, dual, sign, shown
     return box
 
-# %% ../nbs/16_explore.ipynb #f76749bb
+# %% ../nbs/16_explore.ipynb #c1cafd3d
 def _read_json(path: Path) -> dict:
     try: found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error: raise ValueError(f"{path}: not readable as JSON ({error})") from error
@@ -573,7 +573,7 @@ def read_sample(
         if not record.get("completions"): raise ValueError(f"{path}: group {i} has no completions")
     return sample
 
-# %% ../nbs/16_explore.ipynb #32679a27
+# %% ../nbs/16_explore.ipynb #bc703134
 def read_config(
     folder: Path,  # a run's
 ) -> dict:
@@ -601,7 +601,7 @@ def read_summary(
                 if not isinstance(found.get(name), (int, float)): raise ValueError(f"{path}: {when}.{domain} has no number {name!r}")
     return summary
 
-# %% ../nbs/16_explore.ipynb #ce6c40da
+# %% ../nbs/16_explore.ipynb #b01a9556
 def browse_groups(
     run_folder: str | Path,  # of a run, also while it is going on
 ) -> widgets.VBox:  # its controls are the attributes position, previous and next, its page is `shown`
@@ -627,7 +627,7 @@ def browse_groups(
     box.position, box.previous, box.next, box.shown = position, previous, next_, shown
     return box
 
-# %% ../nbs/16_explore.ipynb #395f3316
+# %% ../nbs/16_explore.ipynb #fca634ae
 @dataclass(frozen=True)
 class Line:
     "One line of a chart."
@@ -652,7 +652,7 @@ def smooth(
     ends = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
     return [(total[stop] - total[start]) / (stop - start) for start, stop in ends]
 
-# %% ../nbs/16_explore.ipynb #a3e48f08
+# %% ../nbs/16_explore.ipynb #e4cea29b
 _HEIGHT, _LEFT, _TOP, _BOTTOM = 190, 40, 10, 24
 
 
@@ -680,7 +680,7 @@ def _frame(lines: Sequence[Line], bounds: tuple[float | None, float | None], wid
     names = 14 + 6.3 * max(len(line.label) for line in lines) if named else 10
     return _Frame((min(steps), max(steps)), (low, high + above), width - names)
 
-# %% ../nbs/16_explore.ipynb #32f92306
+# %% ../nbs/16_explore.ipynb #392dbd97
 def _number(value: float, percent: bool) -> str:
     if percent: return f"{100 * value:.0f} %"
     size = abs(value)
@@ -708,7 +708,7 @@ def _names(frame: _Frame, lines: Sequence[Line]) -> Html:
     name = lambda line, y: tag("text", line.label, x=frame.end + 7, y=round(y - shift + 3.5, 1), class_=f"t {line.colour}")
     return join(name(lines[i], y) for y, (_, i) in zip(at, wanted))
 
-# %% ../nbs/16_explore.ipynb #d9a3e9be
+# %% ../nbs/16_explore.ipynb #d3845e87
 def _thinned(line: Line, most: int = 240) -> Line:
     "A long series as means of neighbours, so that a run of 10,000 steps makes no larger page than one of 200."
     size = -(-len(line.x) // most)
@@ -737,7 +737,7 @@ def _trend(frame: _Frame, line: Line, percent: bool) -> Html:
     said = tag("title", f"{line.label}: {_number(strong.y[0], percent)} at step {line.x[0]:.0f}, {_number(strong.y[-1], percent)} at step {line.x[-1]:.0f}")
     return tag("g", *parts, tag("path", said, d=frame.path(strong.x, strong.y), class_=f"strong {colour}"))
 
-# %% ../nbs/16_explore.ipynb #5a394b64
+# %% ../nbs/16_explore.ipynb #bceca9f6
 def line_chart(
     title: str,
     note: str,  # one sentence: how to read it
@@ -757,7 +757,7 @@ def line_chart(
     caption = tag("figcaption", tag("b", title), tag("span", ends[0], class_="num dim"), class_="cap")
     return tag("figure", caption, picture, tag("p", note, class_="dim note") if note else None, class_="chart")
 
-# %% ../nbs/16_explore.ipynb #362537f0
+# %% ../nbs/16_explore.ipynb #6982479d
 class RunReport:
     "Everything about one run on one page. Raises FileNotFoundError or ValueError, naming the file, where it is missing or broken."
     def __init__(self, run_folder: str | Path,  # of a run, finished or not
@@ -802,7 +802,7 @@ class RunReport:
         except OSError as error: raise OSError(error.errno, error.strerror, str(target)) from error
         finally: partial.unlink(missing_ok=True)
 
-# %% ../nbs/16_explore.ipynb #d5f10447
+# %% ../nbs/16_explore.ipynb #ace89dd2
 def _percent(value: float | None) -> str: return "–" if value is None else f"{100 * value:.1f}\u00a0%"  # a space that does not break
 
 
@@ -831,7 +831,7 @@ def direction(
     else: sure = _interval(before)[1] < _interval(after)[0] or _interval(after)[1] < _interval(before)[0]
     return ("rose" if up else "fell") if sure and after["accuracy"] != before["accuracy"] else "unclear"
 
-# %% ../nbs/16_explore.ipynb #adb009d3
+# %% ../nbs/16_explore.ipynb #965f6fa6
 def _accuracy_sentence(run: RunReport, domain: str) -> Html:
     b, a = run.summary["before"][domain], run.summary["after"][domain]
     c = (run.summary.get("comparison") or {}).get(domain)
@@ -852,7 +852,7 @@ def _other_domains_sentence(run: RunReport, domains: Sequence[str]) -> Html | No
         told.append(f"{_words_of(d)} {_points(a['accuracy'] - b['accuracy'])}" + (" (within chance)" if moved == "unclear" else ""))
     return join(["Elsewhere, in points: ", ", ".join(told), ". "])
 
-# %% ../nbs/16_explore.ipynb #212f31ed
+# %% ../nbs/16_explore.ipynb #f3b11305
 def _known(run: RunReport, domain: str, name: str) -> tuple[float, float] | None:
     "A figure before and after, where both are known."
     b, a = (run.summary[when][domain].get(name) for when in ("before", "after"))
@@ -867,7 +867,7 @@ def _reasoning_sentence(run: RunReport, domain: str) -> str | None:
         told.append(f"{text} in {a} of the answers before and after" if a == b else f"{text} in {b} of the answers before and {a} after")
     return f"{'; '.join(told).capitalize()}. " if told else None
 
-# %% ../nbs/16_explore.ipynb #d10eadf6
+# %% ../nbs/16_explore.ipynb #53ecd6c9
 def _warnings(run: RunReport) -> list[str]:
     last = lambda name: (run.ends(name) or (0.0, 0.0))[1]
     share = lambda name: _percent(last(name))
@@ -881,7 +881,7 @@ def _warnings(run: RunReport) -> list[str]:
     if last("completions/clipped_ratio") > 0.05: found.append(f"at the end {share('completions/clipped_ratio')} of the completions ran into the length limit")
     return found
 
-# %% ../nbs/16_explore.ipynb #a2c288b1
+# %% ../nbs/16_explore.ipynb #0dd6e235
 _METHODS = {"emo_r3": "EMO-R3", "set": "SET without reflection", "grpo": "plain GRPO"}
 
 
@@ -915,7 +915,7 @@ def verdict_html(
     if warnings: said += [tag("b", "To watch: ", class_="half"), "; ".join(warnings), "."]
     return tag("p", *said, class_="verdict")
 
-# %% ../nbs/16_explore.ipynb #018d2697
+# %% ../nbs/16_explore.ipynb #8f2a9ffe
 def _dumbbell(
     before: float,  # shares, 0 to 1
     after: float,
@@ -930,7 +930,7 @@ def _dumbbell(
     parts += [span("way", *sorted((before, after))), *(tag("i", class_=f"pt {when}", style=place(v)) for when, v in (("before", before), ("after", after)))]
     return tag("div", *parts, class_="dumbbell", role="img", aria_label=f"{_percent(before)} before, {_percent(after)} after")
 
-# %% ../nbs/16_explore.ipynb #553c080e
+# %% ../nbs/16_explore.ipynb #3e6eeef5
 def _guessing(figures: Mapping) -> float | None:
     labels = (figures.get("confusion") or {}).get("rows")
     return 1 / len(labels) if labels else None
@@ -960,7 +960,7 @@ def _mcnemar(comparison: Mapping | None) -> Html:
 
 def _lacking(text: str) -> Html: return tag("p", text, class_="dim")  # stands where there is nothing to show
 
-# %% ../nbs/16_explore.ipynb #c5293542
+# %% ../nbs/16_explore.ipynb #2483aa05
 _BESIDE = {"grounding": "grounding, %", "format": "format, %", "unparsed": "unparsed, %", "faithfulness": "faithful, %"}  # figure -> column
 
 
@@ -986,7 +986,7 @@ def before_after_html(
     if not paired: note += " The run did not pair its answers, so there is no McNemar test."
     return join([tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="before and after"), tag("p", note, class_="dim note")])
 
-# %% ../nbs/16_explore.ipynb #a926c1f5
+# %% ../nbs/16_explore.ipynb #08bbaedf
 def _evaluated(run: RunReport, domain: str, name: str, colour: str, dash: bool = False) -> list[Line]:
     "The line from before to after, and the line of what was measured during training."
     lines = []
@@ -1011,7 +1011,7 @@ def evaluation_charts(
     key = tag("p", *names, "Discs: before and after. Rings: on the way, on the pictures kept for that. Bars: 95 % Wilson intervals.", class_="dim note")
     return join([tag("div", *charts, class_="charts four"), key])
 
-# %% ../nbs/16_explore.ipynb #e7baffb3
+# %% ../nbs/16_explore.ipynb #9d572342
 _CURVES = (  # title, how to read it, share?, fixed bounds, ((metric, name, colour), ...)
     ("Reward", "What a sampled completion earns on average (Eq. 6).", False, (0, None), (("reward", "reward", "a"),)),
     ("Accuracy", "Share of sampled completions with the right answer.", True, (0, 1), (("rewards/accuracy/mean", "accuracy", "a"),)),
@@ -1029,7 +1029,7 @@ _CURVES = (  # title, how to read it, share?, fixed bounds, ((metric, name, colo
     ("Gradient norm", "Before it is clipped.", False, (0, None), (("grad_norm", "norm", "e"),)),
 )
 
-# %% ../nbs/16_explore.ipynb #faaf78df
+# %% ../nbs/16_explore.ipynb #0b188897
 def _curve_chart(run: RunReport, title: str, note: str, percent: bool, bounds: tuple, wanted: Sequence[tuple[str, str, str]]) -> Html | None:
     lines = [Line(label, colour, *run.curve(name), dash=i == 1) for i, (name, label, colour) in enumerate(wanted) if run.curve(name)[0]]
     return line_chart(title, note, lines, percent, bounds) if lines else None
@@ -1058,7 +1058,7 @@ def training_charts(
     charts = [chart for chart in (*(_curve_chart(run, *spec) for spec in _CURVES), _length_chart(run), _clip_chart(run)) if chart is not None]
     return tag("div", *charts, class_="charts") if charts else _lacking("No training step is on record: metrics.jsonl is missing or holds none.")
 
-# %% ../nbs/16_explore.ipynb #2fc897ea
+# %% ../nbs/16_explore.ipynb #9fb83ec7
 def _sample_html(path: Path, title: str, groups: int = 2) -> Html:
     sample = read_sample(path)
     shown = [group_html(record, path.parent / record["picture"], longest=600) for record in sample["groups"][:groups]]
@@ -1073,7 +1073,7 @@ def groups_html(
     if len(run.samples) == 1: return join([_sample_html(run.samples[0], "The only sample"), _lacking("There is no second sample to compare with.")])
     return tag("div", _sample_html(run.samples[0], "Early"), _sample_html(run.samples[-1], "Late"), class_="early-late")
 
-# %% ../nbs/16_explore.ipynb #22ac11d5
+# %% ../nbs/16_explore.ipynb #d8933ac0
 def _matrix(confusion: Mapping, caption: str) -> Html:
     rows, columns, counts = confusion["rows"], confusion["columns"], confusion["counts"]
     head = tag("tr", tag("td"), *(tag("th", tag("span", name), scope="col") for name in columns))
@@ -1085,7 +1085,7 @@ def _matrix(confusion: Mapping, caption: str) -> Html:
         body.append(tag("tr", tag("th", name, scope="row"), *cells))
     return tag("table", tag("caption", caption), tag("thead", head), tag("tbody", *body), class_="matrix num")
 
-# %% ../nbs/16_explore.ipynb #949314bd
+# %% ../nbs/16_explore.ipynb #c532838f
 def _worst(confusion: Mapping) -> str:
     mistakes = [(n, row, column) for row, line in zip(confusion["rows"], confusion["counts"]) for column, n in zip(confusion["columns"], line)
                 if row != column and n]
@@ -1116,7 +1116,7 @@ def confusion_html(
         blocks.append(tag("section", tag("h3", _words_of(d)), said, tables, class_="confusion"))
     return join(blocks) if blocks else _lacking("No confusion matrix is on record.")
 
-# %% ../nbs/16_explore.ipynb #67070426
+# %% ../nbs/16_explore.ipynb #07e09051
 _PHASES = {"timing_s/rollout": ("sampling the completions", "a"), "timing_s/reflect": ("asking the judge", "b"),
            "timing_s/logps": ("log-probabilities of sampler and reference", "c"), "timing_s/update": ("loss, gradient, optimizer", "d")}
 
@@ -1145,7 +1145,7 @@ def timing_html(
     if speed: told.append(f"{speed[1]:.0f} completion tokens a second at the end")
     return join([_time_table(parts, whole), tag("p", "; ".join(told), ".", class_="dim note")])
 
-# %% ../nbs/16_explore.ipynb #7b31345e
+# %% ../nbs/16_explore.ipynb #4ffe560c
 def _written(value: object) -> str: return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -1172,7 +1172,7 @@ def config_html(
     table = tag("table", heading, tag("tbody", *(_config_row(n, run.config[n], known) for n in names)), class_="config")
     return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="configuration")
 
-# %% ../nbs/16_explore.ipynb #620579c0
+# %% ../nbs/16_explore.ipynb #b11aaae8
 def _tile(name: str, value: str, beside: str, kind: str = "") -> Html:
     return tag("div", tag("p", name, class_="dim small"), tag("p", value, class_=f"big num {kind}"), tag("p", beside, class_="dim small"), class_="tile")
 
@@ -1200,7 +1200,7 @@ def tiles_html(
     if seconds: tiles.append(_tile("time", _time(seconds), f"{len(run.steps)} steps"))
     return tag("div", *tiles, class_="tiles")
 
-# %% ../nbs/16_explore.ipynb #e8bfaace
+# %% ../nbs/16_explore.ipynb #cb6bc229
 _SECTIONS = (  # anchor, title, how to read it, what makes it
     ("before-after", "Before and after", "", before_after_html),
     ("evaluation", "Through training", "", evaluation_charts),
@@ -1213,7 +1213,7 @@ _SECTIONS = (  # anchor, title, how to read it, what makes it
     ("timing", "Where the time went", "", timing_html),
     ("configuration", "Configuration", "Defaults are those of the full-scale run. What this run sets otherwise is bold.", config_html))
 
-# %% ../nbs/16_explore.ipynb #41c6b53d
+# %% ../nbs/16_explore.ipynb #bcf61012
 _SAFE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # nothing from outside, no script at all
 
 

@@ -6,7 +6,7 @@
 __all__ = ['Rollouts', 'Sampler', 'check_sampling', 'end_tokens', 'mask_after_end', 'PolicySampler', 'score_answers',
            'PolicyJudge']
 
-# %% ../nbs/10_sampling.ipynb #d20b1427
+# %% ../nbs/10_sampling.ipynb #5d408c0c
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +18,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from .policy import VLProcessor, banned_tokens, completion_logps, encode_messages, repeat_prompts
 from .prompts import Messages
 
-# %% ../nbs/10_sampling.ipynb #59ef1ebb
+# %% ../nbs/10_sampling.ipynb #e953cd29
 @dataclass(frozen=True)
 class Rollouts:
     "G completions for each of B prompts; row i belongs to prompt i // G."
@@ -45,12 +45,12 @@ class Rollouts:
         rows = (index[:, None] * self.num_generations + torch.arange(self.num_generations)).flatten()
         return repeat_prompts(self.prompts, index), *self.rows(rows)[1:]
 
-# %% ../nbs/10_sampling.ipynb #06d189a5
+# %% ../nbs/10_sampling.ipynb #7ab53dd6
 class Sampler(Protocol):
     "Whatever can draw completions: the policy itself here, an inference engine elsewhere."
     def sample(self, messages: Sequence[Messages], num_generations: int, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None) -> Rollouts: ...
 
-# %% ../nbs/10_sampling.ipynb #9adb5464
+# %% ../nbs/10_sampling.ipynb #44ad5d92
 class _ChosenLogps(LogitsProcessor):
     "Notes the log-probability of every chosen token, one step behind `generate`."
     def __init__(self): self.previous, self.columns = None, []
@@ -66,7 +66,7 @@ class _ChosenLogps(LogitsProcessor):
         self.note(last)
         return torch.stack(self.columns, 1)
 
-# %% ../nbs/10_sampling.ipynb #b661a1a5
+# %% ../nbs/10_sampling.ipynb #774a972b
 def check_sampling(temperature: float, # of the sampling; 0 is greedy
                    num_generations: int, # G
                    max_new_tokens: int, # longest completion, tokens
@@ -76,14 +76,14 @@ def check_sampling(temperature: float, # of the sampling; 0 is greedy
     if num_generations < 1: raise ValueError(f"num_generations = {num_generations}; allowed: 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens = {max_new_tokens}; allowed: 1 or more")
 
-# %% ../nbs/10_sampling.ipynb #ef04508d
+# %% ../nbs/10_sampling.ipynb #e797c562
 def end_tokens(model: PreTrainedModel, processor: VLProcessor) -> list[int]:
     "Returns the ids that end a completion: the tokenizer's end token and those of the model's generation settings."
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({processor.tokenizer.eos_token_id, *configured})
 
-# %% ../nbs/10_sampling.ipynb #203e93ff
+# %% ../nbs/10_sampling.ipynb #ca3eb661
 @torch.no_grad()
 def _generate(model: PreTrainedModel, processor: VLProcessor, rows: dict[str, torch.Tensor], max_new_tokens: int, temperature: float,
               seed: int | None, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +99,7 @@ def _generate(model: PreTrainedModel, processor: VLProcessor, rows: dict[str, to
     ids = out[:, rows["input_ids"].shape[1]:]
     return ids, noted.finish(ids[:, -1])
 
-# %% ../nbs/10_sampling.ipynb #fe87d92b
+# %% ../nbs/10_sampling.ipynb #083f5d60
 def mask_after_end(completion_ids: torch.Tensor, # (N, T)
                    ends: list[int], # ids that end a completion
                   ) -> torch.Tensor: # (N, T), int64
@@ -107,9 +107,9 @@ def mask_after_end(completion_ids: torch.Tensor, # (N, T)
     is_end = torch.isin(completion_ids, torch.tensor(ends, device=completion_ids.device))
     return ((is_end.cumsum(1) - is_end.long()) == 0).long()
 
-# %% ../nbs/10_sampling.ipynb #1fe086f0
+# %% ../nbs/10_sampling.ipynb #8032cabd
 class PolicySampler:
-    "Draws completions from a policy, and asks it questions, through transformers."
+    "Draws completions from a policy through transformers."
     def __init__(self, model: PreTrainedModel, # the policy, or a frozen reference
                  processor: VLProcessor, # its processor
                  batch_size: int = 128, # rows that are generated at once
@@ -126,7 +126,7 @@ class PolicySampler:
         prompts = encode_messages(self.processor, messages)
         rows, parts = torch.arange(len(messages)).repeat_interleave(num_generations), []
         for k, index in enumerate(rows.split(self.batch_size)):
-            part_seed = None if seed is None else seed + 1_000_003 * k
+            part_seed = None if seed is None else (seed + k * 0x9E3779B97F4A7C15) % 2**63
             parts.append(_generate(self.model, self.processor, repeat_prompts(prompts, index), max_new_tokens, temperature, part_seed))
         T, pad = max(ids.shape[1] for ids, _ in parts), self.processor.tokenizer.pad_token_id
         widen = lambda t, value: torch.nn.functional.pad(t, (0, T - t.shape[1]), value=value)
@@ -137,7 +137,7 @@ class PolicySampler:
         texts = self.processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Rollouts(prompts, ids.cpu(), mask.cpu(), logps.masked_fill(mask == 0, 0.0).cpu(), ended.cpu(), tuple(texts), num_generations)
 
-# %% ../nbs/10_sampling.ipynb #609c4cd0
+# %% ../nbs/10_sampling.ipynb #d1dde2f8
 def _answer_ids(processor: VLProcessor, answers: Sequence[str]) -> list[list[int]]:
     "Returns each answer's token ids; raises ValueError for an answer without tokens."
     ids = [processor.tokenizer.encode(a, add_special_tokens=False) for a in answers]
@@ -153,7 +153,7 @@ def _score_rows(model: PreTrainedModel, processor: VLProcessor, prompts: BatchFe
     logps = completion_logps(model, repeat_prompts(prompts, torch.tensor(questions)), ids, mask)
     return (logps.cpu() * mask).sum(1)
 
-# %% ../nbs/10_sampling.ipynb #a2ad0ad1
+# %% ../nbs/10_sampling.ipynb #3873e445
 @torch.no_grad()
 def score_answers(model: PreTrainedModel, # who is asked
                   processor: VLProcessor, # its processor
@@ -181,14 +181,14 @@ def _next_token_logps(model: PreTrainedModel, prompts: BatchFeature) -> torch.Te
     logits = model(**{k: v.to(model.device) for k, v in prompts.items()}, logits_to_keep=1, use_cache=False).logits[:, -1].float()
     return logits.index_fill(-1, torch.tensor(banned_tokens(model), device=logits.device), float("-inf")).log_softmax(-1).cpu()
 
-# %% ../nbs/10_sampling.ipynb #e38c58e1
+# %% ../nbs/10_sampling.ipynb #7bc891f8
 class PolicyJudge:
     "Answers reflection questions with a model's present weights; never with gradient."
     def __init__(self, model: PreTrainedModel, # the current policy (the paper's choice) or a frozen reference
                  processor: VLProcessor, # its processor
                  temperature: float = 0.0, # of written answers; the released code asks at 0.6
                  top_p: float = 1.0, # nucleus of written answers; the released code's is 0.95
-                 max_new_tokens: int = 16, # longest written answer, tokens
+                 max_new_tokens: int = 64, # longest written answer, tokens
                  batch_size: int = 64, # questions asked at once
                 ):
         check_sampling(temperature, 1, max_new_tokens)

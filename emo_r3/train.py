@@ -6,10 +6,12 @@
 __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'Piece', 'Evaluation', 'knob', 'TrainConfig', 'check_config',
            'reward_weights', 'make_config', 'policy_messages', 'parse_completions', 'score_completions', 'Experience',
            'pieces', 'score_rollouts', 'Trainer', 'update', 'collect', 'train_step', 'experience_metrics',
-           'known_content_metrics', 'throughput', 'batches', 'number_of_steps', 'group_record', 'write_sample',
-           'check_run_folder', 'open_run_folder', 'append_metrics', 'eval_metrics', 'write_summary', 'train']
+           'known_content_metrics', 'throughput', 'batches', 'step_seed', 'number_of_steps', 'group_record',
+           'write_sample', 'check_run_folder', 'open_run_folder', 'append_metrics', 'eval_metrics', 'write_summary',
+           'train']
 
-# %% ../nbs/12_train.ipynb #34554439
+# %% ../nbs/12_train.ipynb #88527da0
+import hashlib
 import json
 import math
 import time
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType, set_seed
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -35,7 +38,7 @@ from .rewards import METHODS, RewardRecord, RewardWeights, reward_completion
 from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
 
-# %% ../nbs/12_train.ipynb #f9bd0dfc
+# %% ../nbs/12_train.ipynb #367eb010
 def knob(default, # the value, or a function that makes it
          help: str, # what it does, with its unit
          source: str, # where the default comes from
@@ -44,7 +47,7 @@ def knob(default, # the value, or a function that makes it
     how = {"default_factory": default} if callable(default) else {"default": default}
     return field(**how, metadata={"help": help, "source": source})
 
-# %% ../nbs/12_train.ipynb #b8853835
+# %% ../nbs/12_train.ipynb #0ca165b6
 @dataclass(frozen=True)
 class TrainConfig:
     "Every choice of a run; raises ValueError, naming field, value and what is allowed."
@@ -52,7 +55,7 @@ class TrainConfig:
     policy: str = knob("Qwen/Qwen2.5-VL-3B-Instruct", "'embedded', a folder, or a hub id", "paper, Sec. 4.1")
     data: str = knob("scenes", "'scenes' (the embedded pictures) or a folder, CSV, JSONL or hub id that load_examples reads", "ours")
     label_set: str = knob("emoset8", "closed set of labels: emoset8, emotion6 or webemo7", "paper, Sec. 4.1")
-    train_size: int = knob(2000, "pictures to train on, cropped by the seed", "paper, Sec. 4.1")
+    train_size: int = knob(2100, "pictures to train on, cropped by the seed", "released crop; the paper says 2,000")
     eval_size: int = knob(2000, "pictures an evaluation domain", "paper, Sec. 4.1")
     min_pixels: int | None = knob(262_144, "smallest area a picture is resized to, pixels; null keeps the model's own", "released code")
     max_pixels: int | None = knob(4_194_304, "largest area, pixels; null keeps the model's own", "released code")
@@ -78,6 +81,7 @@ class TrainConfig:
     weight_decay: float = knob(1e-2, "of AdamW", "released code")
     adam_betas: tuple = knob((0.9, 0.999), "of AdamW", "EasyR1")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", "released code")
+    freeze_vision: bool = knob(False, "keep the vision tower as it is and train the text model alone", "released code trains it")
     precision: str = knob("bf16", "of the forward pass: fp32 or bf16; weights and optimizer stay fp32", "EasyR1")
     # -- the loss
     beta: float = knob(1e-2, "weight of the KL penalty to the reference; 0 leaves the reference out", "released code")
@@ -98,7 +102,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/12_train.ipynb #ca032988
+# %% ../nbs/12_train.ipynb #57f6eace
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
            "reflection": ("score", "generate"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
@@ -126,17 +130,22 @@ def check_config(config: "TrainConfig") -> None:
     if config.prompts_per_step % config.prompts_per_update: complain("prompts_per_update", f"a divisor of prompts_per_step = {config.prompts_per_step}")
     if config.train_size < config.prompts_per_step: complain("train_size", f"prompts_per_step = {config.prompts_per_step} or more, as a last partial batch is dropped")
     if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels: complain("min_pixels", f"max_pixels = {config.max_pixels} or less")
+    if config.seed >= 2**31: complain("seed", "a whole number from 0 to 2147483647")
+    if config.shared_prefix and config.rows_per_forward < config.num_generations: complain("rows_per_forward", f"num_generations = {config.num_generations} or more, or shared_prefix false")
     if len(config.adam_betas) != 2 or not all(number(b) and 0 <= b < 1 for b in config.adam_betas): complain("adam_betas", "two numbers from 0 to below 1")
     if unknown := [t for t in config.trackers if t not in TRACKERS]: complain("trackers", ", ".join(TRACKERS) + did_you_mean(unknown[0], TRACKERS))
-    if not isinstance(config.shared_prefix, bool): complain("shared_prefix", "true or false")
+    for name in ("freeze_vision", "shared_prefix"):
+        if not isinstance(getattr(config, name), bool): complain(name, "true or false")
     if not isinstance(config.templates, Mapping): complain("templates", "a mapping from template names to texts")
     reward_weights(config), PromptTemplates.from_dict(config.templates)
 
-# %% ../nbs/12_train.ipynb #f84bb4c6
+# %% ../nbs/12_train.ipynb #ec39da8a
 def reward_weights(config: TrainConfig) -> RewardWeights:
     "Returns the reward rules of a run: the method's under its preset, with the weights that the configuration replaces."
     weights = RewardWeights.for_method(config.method, config.preset)
     given = {n: v for n in ("lambda_reflective", "lambda_format") if (v := getattr(config, n)) is not None}
+    if given.get("lambda_reflective") and config.method != "emo_r3":
+        raise ValueError(f"lambda_reflective = {config.lambda_reflective!r}; allowed with method = {config.method!r}: 0 or null, for it does not reflect")
     return replace(weights, **given) if given else weights
 
 
@@ -149,7 +158,7 @@ def make_config(values: Mapping, # field names and values, as a recipe gives the
         if name not in known: raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
-# %% ../nbs/12_train.ipynb #2c9cb7f5
+# %% ../nbs/12_train.ipynb #6e7ccd6f
 def policy_messages(method: str, # emo_r3, set or grpo
                     examples: Sequence[EmotionExample], # B
                     templates: PromptTemplates, # the prompts' texts
@@ -163,7 +172,7 @@ def parse_completions(method: str, texts: Sequence[str], templates: PromptTempla
     "Returns the completions read as the method's prompt asked for them."
     return [parse_think(t) if method == "grpo" else parse_set(t, templates.tags) for t in texts]
 
-# %% ../nbs/12_train.ipynb #5d1081d8
+# %% ../nbs/12_train.ipynb #d226cf2b
 def score_completions(completions: Sequence[SETCompletion], # N
                       examples: Sequence[EmotionExample], # N, each repeated for its group
                       verdicts: Sequence[ReflectionVerdict] | None, # N, or None where the method does not reflect
@@ -174,7 +183,7 @@ def score_completions(completions: Sequence[SETCompletion], # N
     return [reward_completion(c, x.label, x.label_set, weights, **({} if v is None else {"consistency": v.consistency, "coherence": v.coherence}))
             for c, x, v in zip(completions, examples, judged)]
 
-# %% ../nbs/12_train.ipynb #bb774383
+# %% ../nbs/12_train.ipynb #ea041087
 @dataclass(frozen=True)
 class Experience:
     "One step's rollouts with everything that was made of them; N = B * G, row i belongs to picture i // G."
@@ -188,7 +197,7 @@ class Experience:
     @property
     def overall(self) -> torch.Tensor: return torch.tensor([r.overall for r in self.rewards]).view(self.advantages.shape)  # (B, G)
 
-# %% ../nbs/12_train.ipynb #fcab49d8
+# %% ../nbs/12_train.ipynb #9144dd86
 Piece = tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]  # rows (n,), their prompts, completion ids (n, T) and mask (n, T)
 
 
@@ -212,7 +221,7 @@ def score_rollouts(model: PreTrainedModel, rollouts: Rollouts, config: TrainConf
         out[rows, :ids.shape[1]] = completion_logps(model, prompts, ids, mask, config.temperature).cpu() * mask
     return out
 
-# %% ../nbs/12_train.ipynb #e0873ac2
+# %% ../nbs/12_train.ipynb #6e425f68
 class Trainer:
     "What lives through a run: the policy, its optimizer, the frozen reference, and whom to ask."
     def __init__(self, config: TrainConfig, # every choice
@@ -220,20 +229,23 @@ class Trainer:
                  processor: VLProcessor, # its processor
                  sampler: Sampler | None = None, # draws completions; None: the policy itself
                  judge: Judge | None = None, # answers the reflection questions; None: as the configuration says
+                 frozen: PreTrainedModel | None = None, # the policy's frozen copy, if there is one already
                 ):
         self.config, self.policy, self.processor = config, policy, processor
         self.weights, self.templates = reward_weights(config), PromptTemplates.from_dict(config.templates)
         reflects = self.weights.lambda_reflective > 0
-        self.reference = reference(policy) if config.beta > 0 or (reflects and config.judge == "reference" and judge is None) else None
+        needed = config.beta > 0 or (reflects and config.judge == "reference" and judge is None)
+        self.reference = (frozen or reference(policy)) if needed else None
         asked = self.reference if config.judge == "reference" else policy
         written = {"temperature": self.weights.judge_temperature, "top_p": self.weights.judge_top_p} if config.reflection == "generate" else {}
         self.judge = (judge or PolicyJudge(asked, processor, **written)) if reflects else None
         self.sampler = sampler or PolicySampler(policy, processor)
-        self.optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=tuple(config.adam_betas), weight_decay=config.weight_decay)
+        policy.model.visual.requires_grad_(not config.freeze_vision)
+        self.optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=config.learning_rate, betas=tuple(config.adam_betas), weight_decay=config.weight_decay)
 
     def autocast(self): return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-# %% ../nbs/12_train.ipynb #48f91dbd
+# %% ../nbs/12_train.ipynb #60f62fc3
 def update(trainer: Trainer, # holds policy and optimizer
            experience: Experience, # the step's rollouts and advantages
            pictures: torch.Tensor, # (b,): whose groups this update takes
@@ -263,7 +275,7 @@ def update(trainer: Trainer, # holds policy and optimizer
     trainer.optimizer.step()
     return metrics | {"grad_norm": norm, "sampling/sampling_logp_difference/max": gap}
 
-# %% ../nbs/12_train.ipynb #4351f52f
+# %% ../nbs/12_train.ipynb #8a5c4c3a
 def collect(trainer: Trainer, # the run's state
             examples: Sequence[EmotionExample], # B pictures
             seed: int, # of the sampling
@@ -285,7 +297,7 @@ def collect(trainer: Trainer, # the run's state
     advantages = group_advantages(overall, trainer.weights.std, trainer.weights.eps)
     return Experience(tuple(examples), rollouts, tuple(completions), verdicts, tuple(rewards), advantages)
 
-# %% ../nbs/12_train.ipynb #35c826c2
+# %% ../nbs/12_train.ipynb #1f34fb8e
 def train_step(trainer: Trainer, # the run's state; its policy and optimizer change
                examples: Sequence[EmotionExample], # B pictures
                seed: int, # of the sampling
@@ -302,9 +314,10 @@ def train_step(trainer: Trainer, # the run's state; its policy and optimizer cha
     updates = [update(trainer, experience, pictures, old_logps, ref_logps) for pictures in parts]  # line 11: Eq. 1
     timing["timing_s/update"], timing["step_time"] = time.perf_counter() - clock, time.perf_counter() - started
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    mean["sampling/sampling_logp_difference/max"] = max(u["sampling/sampling_logp_difference/max"] for u in updates)
     return experience, experience_metrics(experience) | mean | timing | throughput(experience, timing["step_time"]) | {"learning_rate": c.learning_rate}
 
-# %% ../nbs/12_train.ipynb #19b7971c
+# %% ../nbs/12_train.ipynb #7dd7fb49
 def experience_metrics(experience: Experience) -> dict[str, float]:
     "Returns the metrics of sampling and rewards."
     overall, rollouts = experience.overall, experience.rollouts
@@ -333,7 +346,7 @@ def throughput(experience: Experience, seconds: float) -> dict[str, float]:
     "Returns completion tokens and completions a second of a step."
     return {"perf/tokens_per_s": experience.rollouts.lengths.sum().item() / seconds, "perf/rollouts_per_s": len(experience.completions) / seconds}
 
-# %% ../nbs/12_train.ipynb #7ffddee2
+# %% ../nbs/12_train.ipynb #503aeb05
 def batches(n: int, # training pictures
             size: int, # pictures a step
             epochs: int, # passes
@@ -345,12 +358,17 @@ def batches(n: int, # training pictures
         yield from (order[i: i + size] for i in range(0, n - size + 1, size))
 
 
+def step_seed(seed: int, step: int) -> int:
+    "Returns the seed of a step's sampling; no two steps of any two runs share theirs by construction of the hash."
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:6], "big")
+
+
 def number_of_steps(config: TrainConfig, n: int) -> int:
     "Returns how many steps a run over n pictures takes."
     by_epochs = config.epochs * (n // config.prompts_per_step)
     return min(by_epochs, config.max_steps or by_epochs)
 
-# %% ../nbs/12_train.ipynb #17a8757e
+# %% ../nbs/12_train.ipynb #8f1ec082
 def group_record(experience: Experience, b: int, picture: str) -> dict:
     "Returns all about one picture's group as plain JSON."
     x, G, out = experience.examples[b], experience.rollouts.num_generations, []
@@ -378,7 +396,7 @@ def write_sample(folder: Path, # the run's samples/ folder
     target.write_text(json.dumps({"step": step, "groups": records}, indent=1, ensure_ascii=False), encoding="utf-8")
     return target
 
-# %% ../nbs/12_train.ipynb #57941db8
+# %% ../nbs/12_train.ipynb #dedc6c78
 def check_run_folder(output_dir: str | Path) -> Path:
     "Returns the path of a run's folder; raises ValueError if something is there already."
     folder = Path(output_dir)
@@ -402,7 +420,7 @@ def append_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> Non
     "Adds one line to metrics.jsonl."
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-# %% ../nbs/12_train.ipynb #29656f33
+# %% ../nbs/12_train.ipynb #46b7651b
 Evaluation = Callable[[PreTrainedModel, str], dict[str, dict]]  # (model, "before" | "during" | "after") -> for each domain its figures
 
 
@@ -417,7 +435,7 @@ def write_summary(folder: Path, summary: dict) -> Path:
     staging.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return staging.rename(target)
 
-# %% ../nbs/12_train.ipynb #d0086954
+# %% ../nbs/12_train.ipynb #c69b3ee6
 def train(config: TrainConfig, # every choice
           policy: PreTrainedModel, # trained in place
           processor: VLProcessor, # its processor
@@ -426,23 +444,25 @@ def train(config: TrainConfig, # every choice
           evaluate: Evaluation | None = None, # called before, during and after
           sampler: Sampler | None = None, # None: the policy itself
           judge: Judge | None = None, # None: as the configuration says
+          frozen: PreTrainedModel | None = None, # the policy's frozen copy, if there is one already
           recipe: str = "", # its name, for the summary
          ) -> dict: # what summary.json holds
     "Trains a policy and writes the run's folder; raises ValueError or OSError before it starts if it cannot."
     if (steps := number_of_steps(config, len(examples))) < 1: raise ValueError(f"train_size: {len(examples)} pictures were found; allowed: prompts_per_step = {config.prompts_per_step} or more")
+    if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     folder, started = open_run_folder(output_dir, config), time.time()
     set_seed(config.seed)
     tracker = Accelerator(cpu=policy.device.type == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder))
-    if config.trackers: tracker.init_trackers("tracking", config={k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in asdict(config).items()})
+    if config.trackers: tracker.init_trackers("emo_r3", config={k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in asdict(config).items()})
     def record(step, metrics):
         append_metrics(folder, step, metrics)
         tracker.log(metrics, step=step)
-    trainer = Trainer(config, policy, processor, sampler, judge)
+    trainer = Trainer(config, policy, processor, sampler, judge, frozen)
     before = evaluate(policy, "before") if evaluate else {}
     if before: record(0, eval_metrics(before))
     bar = tqdm(zip(range(1, steps + 1), batches(len(examples), config.prompts_per_step, config.epochs, config.seed)), total=steps, desc=config.method, dynamic_ncols=True)
     for step, index in bar:
-        experience, metrics = train_step(trainer, [examples[i] for i in index], seed=config.seed * 1_000_003 + step)
+        experience, metrics = train_step(trainer, [examples[i] for i in index], seed=step_seed(config.seed, step))
         if config.eval_every and evaluate and step % config.eval_every == 0 and step < steps: metrics |= eval_metrics(evaluate(policy, "during"))
         record(step, metrics)
         if config.sample_every and step % config.sample_every == 0: write_sample(folder / "samples", step, experience)

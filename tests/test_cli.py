@@ -3,7 +3,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -61,12 +60,15 @@ def pictures(root: Path, labels=("fear", "awe"), each=2, seed=0) -> Path:
 
 # ---- the parser, which needs no torch
 
+def test_the_package_hands_out_what_a_run_needs():
+    import emo_r3
+    assert all(callable(getattr(emo_r3, name)) for name in emo_r3.__all__)
+    with pytest.raises(AttributeError, match="nothing"): emo_r3.nothing
+
 def test_help_and_version_load_no_torch():
     code = "import sys; from emo_r3.cli import main; codes = [main(['--help']), main(['--version']), main(['evaluate', '--help']), main(['trian'])]; print(codes, 'torch' in sys.modules)"
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[0, 0, 0, 2] False", done.stderr
-    assert time.perf_counter() - started < 3
 
 
 @pytest.mark.parametrize("argv, words", [

@@ -254,10 +254,10 @@ def test_reading_never_fails(weights, text):
 @BOTH
 @pytest.mark.parametrize("text", ["yes " * 250_000, "\\boxed{" * 140_000, "\u0300" * 1_000_000, "\\boxed{" + "no" * 500_000 + "}", "'" * 1_000_000])
 def test_a_megabyte_is_read_in_a_moment(weights, text):
-    start = time.perf_counter()
+    start = time.process_time()
     parse_consistency(text, weights)
     parse_coherence(text, EMOSET8, weights)
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 3  # CPU seconds: far above what linear time takes, far below what quadratic would
 
 
 # --- reward hacking (reliability.md, row 20): each probe earns what the rules say

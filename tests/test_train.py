@@ -30,7 +30,8 @@ def weights_of(trainer): return torch.cat([p.detach().flatten() for p in trainer
     (dict(temperature="hot"), "temperature = 'hot'"), (dict(lambda_reflective=0.6, lambda_format=0.6), "lambda"), (dict(learning_rate=float("nan")), "learning_rate = nan"),
     (dict(metod="set"), "did you mean 'method'"), (dict(method="emo-r3"), "did you mean 'emo_r3'"), (dict(delta=0.9), "delta = 0.9"), (dict(prompts_per_update=100), "prompts_per_update = 100"),
     (dict(train_size=100), "train_size = 100"), (dict(templates={"sett": "x"}), "did you mean 'set'"), (dict(epochs=1.5), "epochs = 1.5"), (dict(beta=-1), "beta = -1"), (dict(max_steps=0), "max_steps = 0"),
-    (dict(num_generations=True), "num_generations = True"), (dict(min_pixels=100, max_pixels=10), "min_pixels = 100"),
+    (dict(num_generations=True), "num_generations = True"), (dict(rows_per_forward=4), "rows_per_forward = 4"), (dict(seed=2**32), "seed = 4294967296"), (dict(adam_betas=["a"]), "adam_betas"),
+    (dict(trackers=["tensorbord"]), "did you mean 'tensorboard'"), (dict(method="set", lambda_reflective=0.1), "lambda_reflective = 0.1"), (dict(freeze_vision="yes"), "freeze_vision = 'yes'"), (dict(min_pixels=100, max_pixels=10), "min_pixels = 100"),
 ])
 def test_configurations_that_cannot_work(values, says):
     with pytest.raises(ValueError, match=says) as caught: make_config(values)
@@ -111,6 +112,16 @@ def test_methods_ask_differently(processor, examples):
     assert [v for _, v in found.values()] == [False, False, True]
 
 
+def test_a_frozen_vision_tower_stays_as_it_is(processor, examples):
+    trainer = Trainer(replace(SMALL, freeze_vision=True, learning_rate=1e-3), load_policy(), processor)
+    vision, text = (lambda: torch.cat([p.detach().flatten() for p in trainer.policy.model.visual.parameters()])), weights_of
+    before = vision().clone(), text(trainer).clone()
+    train_step(trainer, examples[:4], seed=5)
+    assert torch.equal(before[0], vision()) and not torch.equal(before[1], text(trainer))
+    train_step(moving := Trainer(replace(SMALL, learning_rate=1e-3), load_policy(), processor), examples[:4], seed=5)
+    assert not torch.equal(before[0], torch.cat([p.detach().flatten() for p in moving.policy.model.visual.parameters()]))
+
+
 def test_pictures_and_prompts_stay_together(processor, examples):
     "Permuting the pictures permutes log-probabilities group by group: no picture reaches another's completions."
     trainer = Trainer(SMALL, load_policy(), processor)
@@ -158,6 +169,7 @@ def test_a_run_writes_its_folder(processor, examples, tmp_path):
 
 
 def test_too_few_pictures_or_a_bad_folder_end_before_any_work(processor, examples, tmp_path):
+    with pytest.raises(ValueError, match="'wandb' is not installed"): train(replace(SMALL, trackers=("wandb",)), load_policy(), processor, examples, tmp_path / "a")
     with pytest.raises(ValueError, match="3 pictures were found"): train(SMALL, None, processor, examples[:3], tmp_path / "a")
     (tmp_path / "file").touch()
     with pytest.raises((OSError, ValueError)): train(SMALL, load_policy(), processor, examples, tmp_path / "file" / "run")

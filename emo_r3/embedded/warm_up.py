@@ -381,9 +381,9 @@ GATES = {"consistency": (0.92, 1), "coherence": (0.95, 1), "grounding": (0.90, 1
 
 
 def judge_figures(judge, n: int, seed: int) -> dict[str, float]:
-    "How often the judge is right on n test scenes: half the descriptions are true, half name an absent object of the same kind."
+    "How often the judge is right on n validation scenes: half the descriptions are true, half name an absent object of the same kind."
     rng, questions, truth, told, meant = random.Random(f"judge {seed}"), [], [], [], []
-    for i, x in enumerate(make_scenes("in_domain", "test", n, seed)):
+    for i, x in enumerate(make_scenes("in_domain", "validation", n, seed)):
         names = x.objects if i % 2 else swapped(rng, x.objects)
         questions.append(consistency_messages(x.load_image(), describe(names[0], names[1:]))); truth.append(bool(i % 2))
         meant.append(rng.choice(x.label_set.labels))
@@ -397,8 +397,8 @@ def judge_figures(judge, n: int, seed: int) -> dict[str, float]:
 
 
 def measure(model, processor, n: int = 384, seed: int = 0) -> dict[str, float]:
-    "The policy's figures on n held-out in-domain scenes, greedy and sampled, and its judgement; compare with GATES."
-    sampler, scenes = PolicySampler(model, processor), make_scenes("in_domain", "test", n, seed)
+    "The policy's figures on n in-domain validation scenes, greedy and sampled, and its judgement; compare with GATES."
+    sampler, scenes = PolicySampler(model, processor), make_scenes("in_domain", "validation", n, seed)
     out = judge_figures(PolicyJudge(model, processor), n, seed)
     for prefix, temperature in (("", 0.0), ("sampled_", 1.0)):
         texts = sampler.sample([set_messages(x.question, x.load_image()) for x in scenes], 1, 64, temperature, seed=seed).texts
