@@ -8,7 +8,7 @@ __all__ = ['RECIPES', 'EVAL_SEED', 'recipe_names', 'read_recipe', 'field_value',
            'interrupted', 'train_command', 'evaluate_options', 'eval_data', 'evaluate_command', 'predict_options',
            'predict_command', 'report_options', 'report_command', 'tidy', 'parse', 'main']
 
-# %% ../nbs/18_cli.ipynb #2859daac
+# %% ../nbs/18_cli.ipynb #4c7598b6
 import argparse
 import json
 import os
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from emo_r3.reflection import Judge
     from emo_r3.train import TrainConfig
 
-# %% ../nbs/18_cli.ipynb #fc01362a
+# %% ../nbs/18_cli.ipynb #c389e969
 RECIPES = resources.files("emo_r3") / "recipes"
 
 
@@ -42,7 +42,7 @@ def recipe_names() -> list[str]:
     "Returns the names of the recipes that ship with the package."
     return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
 
-# %% ../nbs/18_cli.ipynb #828a6293
+# %% ../nbs/18_cli.ipynb #4147c2f7
 def read_recipe(recipe: str, # a name from `recipe_names`, or the path of a YAML file
                ) -> tuple[str, dict]: # its short name, and what it sets
     "Returns a recipe as it is written; raises FileNotFoundError, with the nearest name, or ValueError for what is no mapping."
@@ -55,7 +55,7 @@ def read_recipe(recipe: str, # a name from `recipe_names`, or the path of a YAML
     if not isinstance(values, dict): raise ValueError(f"recipe {recipe}: holds {values!r:.60}; allowed: a mapping, one 'field: value' a line")
     return path.name.rsplit(".", 1)[0], values
 
-# %% ../nbs/18_cli.ipynb #acf1e545
+# %% ../nbs/18_cli.ipynb #41894297
 _TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping such as {think: ...}", tuple: "a list such as [a, b]"}
 
 
@@ -78,7 +78,7 @@ def field_value(name: str, # the field's, for messages
         raise ValueError(f"{name} = {value!r}; allowed: {_TYPES[plain]}{', or null' if optional else ''}")
     return value
 
-# %% ../nbs/18_cli.ipynb #3bc319bf
+# %% ../nbs/18_cli.ipynb #0c3aeaa2
 def parse_option(name: str, # the field's
                  text: str, # what stood on the command line
                  kind: type | UnionType, # the field's type
@@ -90,7 +90,7 @@ def parse_option(name: str, # the field's
     except yaml.YAMLError: value = text  # not YAML, so not of the type either
     return field_value(name, value, kind)
 
-# %% ../nbs/18_cli.ipynb #1f948100
+# %% ../nbs/18_cli.ipynb #bb3e9be5
 def run_config(recipe: str, # a name or a path
                options: Mapping[str, str], # fields given on the command line, as text
               ) -> tuple[str, "TrainConfig"]: # the recipe's short name, and the configuration
@@ -101,7 +101,7 @@ def run_config(recipe: str, # a name or a path
     values = {n: field_value(f"recipe {recipe}: {n}", v, kinds[n]) if n in kinds else v for n, v in values.items()}  # make_config names the unknown
     return name, make_config(values | {n: parse_option(n, text, kinds[n]) for n, text in options.items()}, where=f"recipe {recipe}")
 
-# %% ../nbs/18_cli.ipynb #3b9487ff
+# %% ../nbs/18_cli.ipynb #9888252c
 EVAL_SEED = 0  # of the scenes that are evaluated on
 
 
@@ -121,7 +121,7 @@ def eval_scenes(
     "Returns the scenes that evaluations use; raises ValueError for unknown names or n < 1."
     return {domain: make_scenes(domain, split, n, EVAL_SEED) for domain in domains}
 
-# %% ../nbs/18_cli.ipynb #b5549f40
+# %% ../nbs/18_cli.ipynb #3596afb6
 def _own_data(config: "TrainConfig") -> RunData:
     labels, name = label_set(config.label_set), Path(config.data).stem or config.data
     found = load_examples(config.data, labels, split="train", domain=name)
@@ -145,7 +145,7 @@ def run_data(
     return RunData(make_scenes("in_domain", "train", config.train_size, config.seed),
                    eval_scenes(("in_domain", "style"), "validation", config.eval_during), eval_scenes(DOMAINS, "test", config.eval_size))
 
-# %% ../nbs/18_cli.ipynb #79ad166f
+# %% ../nbs/18_cli.ipynb #c6d152d6
 class Measure:
     "Evaluates a model for `train`, and keeps the reports by when they were made: before, during, after."
     def __init__(self, config: "TrainConfig", # prompt, lengths, rules
@@ -169,19 +169,17 @@ class Measure:
                                   for domain, examples in (self.data.during if during else self.data.test).items()}
         return {domain: report.to_dict() for domain, report in self.reports[when].items()}
 
-# %% ../nbs/18_cli.ipynb #bbf31738
+# %% ../nbs/18_cli.ipynb #20dd2c22
 def load_pair(policy: str, # "embedded", a folder, or a hub id
               **pixels: int | None, # min_pixels and max_pixels of `load_processor`
              ) -> tuple["PreTrainedModel", "VLProcessor"]: # the model, on the GPU if there is one
     "Returns a policy and its processor; raises as `load_policy` and `load_processor` do."
     import torch
-    from safetensors import SafetensorError
     from transformers.utils import logging
     from emo_r3.policy import load_policy, load_processor
     logging.disable_progress_bar()
     processor = load_processor(policy, **pixels)  # first: it takes no time, and what it lacks is soon told
-    try: return load_policy(policy, device="cuda" if torch.cuda.is_available() else "cpu"), processor
-    except SafetensorError as error: raise ValueError(f"policy {policy}: its weights are damaged ({error}); copy or download them again") from error
+    return load_policy(policy, device="cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
 def check_writable(path: Path, # a folder or file to be written
@@ -192,7 +190,7 @@ def check_writable(path: Path, # a folder or file to be written
     if not os.access(there, os.W_OK) or not (there.is_dir() or there == path):
         raise PermissionError(f"{name} {str(path)!r}: {there} {'cannot be written' if there.is_dir() else 'is a file, not a folder'}; allowed: a place where you may write")
 
-# %% ../nbs/18_cli.ipynb #837832e0
+# %% ../nbs/18_cli.ipynb #8e176672
 def run(config: "TrainConfig", # every choice
         output_dir: str | Path, # the run's folder, new or empty
         recipe: str = "", # its name, for summary and report
@@ -214,7 +212,7 @@ def run(config: "TrainConfig", # every choice
     print(before_after_table(before, after))
     return RunReport(output_dir).write()
 
-# %% ../nbs/18_cli.ipynb #a1654a26
+# %% ../nbs/18_cli.ipynb #de366e01
 _GROUPS = {"policy": "what is trained, on what", "method": "the method", "num_generations": "sampling", "prompts_per_update": "the update",
            "beta": "the loss", "epochs": "the run"}  # a group's first field -> its title
 _METAVARS = {str: "TEXT", bool: "true|false", int: "INT", float: "FLOAT", dict: "{...}", tuple: "[...]"}
@@ -236,7 +234,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         text = f"{f.metadata['help']} (default: {_shown(default)}; {f.metadata['source']})".replace("%", "%%")
         group.add_argument(f"--{f.name.replace('_', '-')}", metavar=_METAVARS[_plain(f.type)[0]], default=argparse.SUPPRESS, help=text)
 
-# %% ../nbs/18_cli.ipynb #8059cb9f
+# %% ../nbs/18_cli.ipynb #8b5cea99
 def free_folder(wanted: Path, # where a run would go
                ) -> Path: # it, or the first of wanted-2, wanted-3 ... that does not exist
     "Returns a folder that does not exist yet."
@@ -244,7 +242,7 @@ def free_folder(wanted: Path, # where a run would go
     while folder.exists(): folder, n = wanted.with_name(f"{wanted.name}-{n + 1}"), n + 1
     return folder
 
-# %% ../nbs/18_cli.ipynb #416882c9
+# %% ../nbs/18_cli.ipynb #33575523
 def interrupted(folder: Path, # of the run
                ) -> str:
     "Returns what to tell whoever stopped a run: how far it came, and what its folder lacks."
@@ -254,7 +252,7 @@ def interrupted(folder: Path, # of the run
     if not lacking: return f"interrupted after the run was finished; 'emo-r3 report {folder}' writes its page"
     return f"interrupted {f'after step {steps[-1]}' if steps else 'before the first step was done'}; {folder} holds no {lacking}, so it is no finished run"
 
-# %% ../nbs/18_cli.ipynb #073428e1
+# %% ../nbs/18_cli.ipynb #0e6f8be1
 def train_command(args: argparse.Namespace) -> None:
     "Train a policy; shows progress, then a table of before and after, and last the path of the report."
     given = {name: value for name, value in vars(args).items() if name not in ("command", "recipe", "output_dir")}
@@ -263,7 +261,7 @@ def train_command(args: argparse.Namespace) -> None:
     try: print(run(config, folder, name))
     except KeyboardInterrupt as stop: raise KeyboardInterrupt(interrupted(folder)) from stop
 
-# %% ../nbs/18_cli.ipynb #c6d265e1
+# %% ../nbs/18_cli.ipynb #aa16c075
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     "Adds what an evaluation is made of."
     parser.add_argument("policy", metavar="POLICY", help="'embedded', a model folder (a run's policy/), or a hub id")
@@ -276,7 +274,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest completion (default: 512)")
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures here")
 
-# %% ../nbs/18_cli.ipynb #05f48a18
+# %% ../nbs/18_cli.ipynb #26857193
 def eval_data(args: argparse.Namespace, # of `evaluate_options`
              ) -> dict[str, list[EmotionExample]]: # domain -> examples
     "Returns the pictures that `emo-r3 evaluate` is asked about; raises ValueError or OSError for what cannot be used."
@@ -289,7 +287,7 @@ def eval_data(args: argparse.Namespace, # of `evaluate_options`
     found = load_examples(args.data, label_set(args.labels or "emoset8"), split=args.split)
     return {Path(args.data).stem or args.data: found if args.size is None else subsample(found, min(args.size, len(found)), EVAL_SEED)}
 
-# %% ../nbs/18_cli.ipynb #89ddda49
+# %% ../nbs/18_cli.ipynb #17345a97
 def evaluate_command(args: argparse.Namespace) -> None:
     "Measure a policy: accuracy with its interval, form, and what step 1 names, one row a domain."
     if args.output and Path(args.output).is_dir(): raise IsADirectoryError(f"--output {args.output!r} is a folder; allowed: a file such as figures.json")
@@ -307,7 +305,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         unfinished.write_text(json.dumps(figures, indent=1), encoding="utf-8")
         unfinished.replace(args.output)
 
-# %% ../nbs/18_cli.ipynb #547a6eed
+# %% ../nbs/18_cli.ipynb #5130d8f5
 def predict_options(parser: argparse.ArgumentParser) -> None:
     "Adds the pictures and who looks at them."
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files")
@@ -327,7 +325,7 @@ def predict_command(args: argparse.Namespace) -> None:
         print(f"{picture}: {found.label} ({found.probability:.0%})" if found.label else f"{picture}: no label could be read ({found.why or 'the answer is none of ' + ', '.join(labels)})")
         for line in [f"{i}. {step}" for i, step in enumerate(found.steps, 1) if step is not None] or [found.text]: print(f"  {line}")
 
-# %% ../nbs/18_cli.ipynb #e447052d
+# %% ../nbs/18_cli.ipynb #61e8d78f
 def report_options(parser: argparse.ArgumentParser) -> None:
     "Adds the run."
     parser.add_argument("run", metavar="RUN", help="a run's folder")
@@ -338,7 +336,7 @@ def report_command(args: argparse.Namespace) -> None:
     from emo_r3.explore import RunReport
     print(RunReport(args.run).write())
 
-# %% ../nbs/18_cli.ipynb #57d479b7
+# %% ../nbs/18_cli.ipynb #365c62e4
 _COMMANDS = {"train": (train_options, train_command), "evaluate": (evaluate_options, evaluate_command),
              "predict": (predict_options, predict_command), "report": (report_options, report_command)}
 
@@ -347,7 +345,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any): super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36), **options)
     def error(self, message: str) -> None: raise ValueError(message)
 
-# %% ../nbs/18_cli.ipynb #81136971
+# %% ../nbs/18_cli.ipynb #31a5f95d
 def tidy(argv: Sequence[str], # as the shell passes it
         ) -> list[str]:
     "Returns the arguments with --learning_rate as --learning-rate, and a negative number tied to its option: argparse would take -1e-4 for another one."
@@ -362,7 +360,7 @@ def tidy(argv: Sequence[str], # as the shell passes it
         out.append(word)
     return out
 
-# %% ../nbs/18_cli.ipynb #0661e0b3
+# %% ../nbs/18_cli.ipynb #cf633899
 def parse(argv: Sequence[str], # command and options
          ) -> argparse.Namespace:
     "Returns the parsed command line; raises ValueError, with the nearest name, for an unknown command or option."
@@ -379,7 +377,7 @@ def parse(argv: Sequence[str], # command and options
         raise ValueError(f"{named}: unexpected {word!r}{did_you_mean(word, known)}; 'emo-r3 {named} --help' explains every option")
     return args
 
-# %% ../nbs/18_cli.ipynb #4ac2d8ed
+# %% ../nbs/18_cli.ipynb #5c82382e
 def main(argv: Sequence[str] | None = None, # command and options; None: those of the process
         ) -> int: # the exit code: 0, 2 for an error, 130 when interrupted
     "Runs one command. An error is one line on stderr; EMO_R3_DEBUG=1 shows where it came from."

@@ -8,7 +8,7 @@ __all__ = ['EVAL_METHODS', 'WITH_STEPS', 'Z95', 'SHARES', 'eval_messages', 'read
            'evaluate', 'Comparison', 'compare', 'report_table', 'before_after_table', 'plot_confusion',
            'label_probabilities', 'Prediction', 'predict', 'plot_prediction', 'upload_widget']
 
-# %% ../nbs/14_evaluate.ipynb #1668c40a
+# %% ../nbs/14_evaluate.ipynb #600335de
 import math
 import tempfile
 import textwrap
@@ -38,7 +38,7 @@ from .rewards import METHODS, RewardWeights, format_reward
 from .sampling import PolicySampler, Sampler
 from .scenes import coverage, is_grounded
 
-# %% ../nbs/14_evaluate.ipynb #a781e770
+# %% ../nbs/14_evaluate.ipynb #a0205580
 EVAL_METHODS = (*METHODS, "direct")  # "grpo", "set", "emo_r3", and the prompt of SFT and the cold start
 WITH_STEPS = ("set", "emo_r3")  # the methods whose completions have three steps
 
@@ -58,7 +58,7 @@ def eval_messages(
     ask = {"grpo": think_messages, "direct": direct_messages}.get(method, set_messages)
     return ask(question, image, templates)
 
-# %% ../nbs/14_evaluate.ipynb #08d805be
+# %% ../nbs/14_evaluate.ipynb #72747ad7
 def read_completion(
     method: str,  # one of `EVAL_METHODS`
     text: str,  # a completion under that method's prompt
@@ -71,7 +71,7 @@ def read_completion(
     why = "" if answer else r"there is no closed \boxed{}" if answer is None else r"the last \boxed{} is empty"
     return SETCompletion(text, (None,) * 3, answer, not why, why, (None,) * 3, well_formed_released=not why)
 
-# %% ../nbs/14_evaluate.ipynb #60e44aae
+# %% ../nbs/14_evaluate.ipynb #2656fc93
 @dataclass(frozen=True)
 class Graded:
     "One picture, one greedy completion, and what became of it."
@@ -93,7 +93,7 @@ class Graded:
     @property
     def faithful(self) -> bool: return self.judged_label is not None and self.judged_label == self.predicted
 
-# %% ../nbs/14_evaluate.ipynb #e4e95684
+# %% ../nbs/14_evaluate.ipynb #3cb61197
 def grade(
     example: EmotionExample,  # the picture with its label
     completion: SETCompletion,  # from `read_completion`
@@ -114,7 +114,7 @@ def grade(
         grounded=is_grounded(words, example.objects) if known else None, coverage=coverage(words, example.objects) if known else None,
         judged=asked, consistent=None if said is None else said == "Yes", judged_label=verdict.coherence_answer if asked else None)
 
-# %% ../nbs/14_evaluate.ipynb #53c3968d
+# %% ../nbs/14_evaluate.ipynb #33e79d30
 def mean_or_none(
     values: Iterable[float | bool | None],  # None where something does not apply
 ) -> float | None:
@@ -122,7 +122,7 @@ def mean_or_none(
     known = [float(v) for v in values if v is not None]
     return math.fsum(known) / len(known) if known else None
 
-# %% ../nbs/14_evaluate.ipynb #f806a302
+# %% ../nbs/14_evaluate.ipynb #3efdc825
 Z95 = NormalDist().inv_cdf(0.975)  # 1.96
 
 
@@ -137,7 +137,7 @@ def wilson_interval(
     half = shrink * Z95 * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     return 0.0 if k == 0 else centre - half, 1.0 if k == n else centre + half
 
-# %% ../nbs/14_evaluate.ipynb #a9d4d5a9
+# %% ../nbs/14_evaluate.ipynb #e73474ad
 def confusion_counts(
     predictions: Sequence[Graded],  # the graded completions
     label_set: LabelSet,  # L labels
@@ -148,7 +148,7 @@ def confusion_counts(
     answers = [unparsed if g.predicted is None else label_set.index(g.predicted) for g in predictions]
     return confusion_matrix(gold, answers, labels=range(unparsed + 1))[:-1]
 
-# %% ../nbs/14_evaluate.ipynb #4dd8232a
+# %% ../nbs/14_evaluate.ipynb #b03c5970
 @dataclass(frozen=True)
 class ClassScore:
     "How one label fares; None where a figure has no denominator."
@@ -176,7 +176,7 @@ def macro_f1(
     "Returns the mean F1 over the labels that occur among the annotations."
     return mean_or_none(s.f1 for s in scores.values() if s.n)
 
-# %% ../nbs/14_evaluate.ipynb #37a5e56b
+# %% ../nbs/14_evaluate.ipynb #10d5a13b
 @dataclass(frozen=True)
 class EvalReport:
     "Every graded completion of one evaluation, and the figures that follow from them."
@@ -222,7 +222,7 @@ class EvalReport:
 
     def to_dict(self) -> dict: return report_dict(self)
 
-# %% ../nbs/14_evaluate.ipynb #9c001f20
+# %% ../nbs/14_evaluate.ipynb #f28b5cf1
 SHARES = ("accuracy", "unparsed", "clipped", "format", "grounding", "coverage", "macro_f1", "consistent", "faithfulness", "judge_accuracy", "judge_catches")
 
 
@@ -238,7 +238,7 @@ def report_dict(
         "method": report.method, "mode": report.mode, "label_set": report.label_set.name,
     }
 
-# %% ../nbs/14_evaluate.ipynb #5ad31d78
+# %% ../nbs/14_evaluate.ipynb #29318ab5
 def _check_evaluation(examples: Sequence[EmotionExample], method: str, mode: str, batch_size: int) -> None:
     _check_choice("method", method, EVAL_METHODS)
     _check_choice("mode", mode, ("strict", "lenient"))
@@ -247,7 +247,7 @@ def _check_evaluation(examples: Sequence[EmotionExample], method: str, mode: str
     names = sorted({e.label_set.name for e in examples})
     if len({e.label_set for e in examples}) > 1: raise ValueError(f"examples: label sets {', '.join(names)} are mixed; allowed: one, so evaluate each domain by itself")
 
-# %% ../nbs/14_evaluate.ipynb #ac0a166a
+# %% ../nbs/14_evaluate.ipynb #6f1934bc
 def evaluate(
     sampler: Sampler,  # draws the completions
     examples: Sequence[EmotionExample],  # n pictures that share a label set
@@ -276,7 +276,7 @@ def evaluate(
             bar.update(len(part))
     return EvalReport(tuple(graded), examples[0].label_set, method, mode)
 
-# %% ../nbs/14_evaluate.ipynb #5024e3ba
+# %% ../nbs/14_evaluate.ipynb #57c6c3f7
 @dataclass(frozen=True)
 class Comparison:
     "Two models on the same pictures."
@@ -302,7 +302,7 @@ class Comparison:
 
     def to_dict(self) -> dict: return {**asdict(self), "difference": self.difference, "ci95": list(self.ci95), "p_value": self.p_value}
 
-# %% ../nbs/14_evaluate.ipynb #8f719270
+# %% ../nbs/14_evaluate.ipynb #9528b186
 def _by_id(report: EvalReport, which: str) -> dict[str, Graded]:
     rows = {g.id: g for g in report.predictions}
     if len(rows) == report.n: return rows
@@ -331,7 +331,7 @@ def compare(
     lost = sum(g.correct and not second[id].correct for id, g in first.items())
     return Comparison(len(first), gained, lost)
 
-# %% ../nbs/14_evaluate.ipynb #9624d022
+# %% ../nbs/14_evaluate.ipynb #df5e8b13
 def _percent(value: float | None, digits: int = 1) -> str: return "-" if value is None else f"{100 * value:.{digits}f}"
 
 
@@ -352,7 +352,7 @@ def _lay_out(
     rule = [":" + "-" * (w - 1) if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(map(lambda w: max(w, 2), widths))]
     return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
-# %% ../nbs/14_evaluate.ipynb #5c050d02
+# %% ../nbs/14_evaluate.ipynb #35b36dad
 def report_table(
     reports: Mapping[str, EvalReport],  # domain -> report
     markdown: bool = False,  # a Markdown table; False: aligned text for a terminal
@@ -380,7 +380,7 @@ def before_after_table(
                      *(shift(name, b, a) for name in ("unparsed", "format", "grounding"))])
     return _lay_out(rows, markdown)
 
-# %% ../nbs/14_evaluate.ipynb #ba32bc87
+# %% ../nbs/14_evaluate.ipynb #0142f19d
 def plot_confusion(
     report: EvalReport,
     ax: Axes,  # where to draw
@@ -396,7 +396,7 @@ def plot_confusion(
     ax.set(xlabel="answered", ylabel="annotated", title=f"accuracy {_percent(report.accuracy)} % of {report.n}")
     return ax
 
-# %% ../nbs/14_evaluate.ipynb #1736cb3c
+# %% ../nbs/14_evaluate.ipynb #9d8bf4b2
 def _tails(processor: VLProcessor, head: str, label_set: LabelSet) -> tuple[list[int], list[list[int]]]:
     "Returns the tokens that all labelled endings of `head` share, and those that follow for each label."
     ids = [processor.tokenizer.encode(f"{head}{label}}}", add_special_tokens=False) for label in label_set]
@@ -404,7 +404,7 @@ def _tails(processor: VLProcessor, head: str, label_set: LabelSet) -> tuple[list
     while all(len(row) > shared + 1 for row in ids) and len({row[shared] for row in ids}) == 1: shared += 1
     return ids[0][:shared], [row[shared:] for row in ids]
 
-# %% ../nbs/14_evaluate.ipynb #5f94b6ca
+# %% ../nbs/14_evaluate.ipynb #4ea48bfa
 @torch.no_grad()
 def label_probabilities(
     model: PreTrainedModel,  # the policy
@@ -424,7 +424,7 @@ def label_probabilities(
     scores = torch.stack([completion_logps(model, prompt, row, torch.ones_like(row)).double().sum().cpu() for row in rows])  # (L,)
     return dict(zip(label_set, scores.softmax(0).tolist()))
 
-# %% ../nbs/14_evaluate.ipynb #361cb997
+# %% ../nbs/14_evaluate.ipynb #6eeca821
 @dataclass(frozen=True)
 class Prediction:
     "What a policy makes of one picture."
@@ -442,7 +442,7 @@ class Prediction:
         "Returns everything as plain JSON values."
         return {**asdict(self), "probabilities": dict(self.probabilities) if self.probabilities else None, "steps": list(self.steps), "probability": self.probability}
 
-# %% ../nbs/14_evaluate.ipynb #293e482a
+# %% ../nbs/14_evaluate.ipynb #b51bf094
 def predict(
     model: PreTrainedModel,  # the policy
     processor: VLProcessor,  # its processor
@@ -462,7 +462,7 @@ def predict(
     probabilities = label_probabilities(model, processor, messages, text, label_set) if "\\boxed{" in text else None
     return Prediction(match_label(completion.answer, label_set, mode), probabilities, completion.steps, text, completion.well_formed, completion.why)
 
-# %% ../nbs/14_evaluate.ipynb #7e72e96c
+# %% ../nbs/14_evaluate.ipynb #ce368c5d
 def plot_prediction(
     image: Image.Image,  # the picture
     prediction: Prediction,
@@ -481,7 +481,7 @@ def plot_prediction(
     else: right.axis("off")
     return figure
 
-# %% ../nbs/14_evaluate.ipynb #ca7e3db8
+# %% ../nbs/14_evaluate.ipynb #a063d8a3
 def _as_png(figure: Figure) -> bytes:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=90)

@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED_POLICY', 'policy_path', 'load_policy', 'VLProcessor', 'load
            'repeat_prompts', 'banned_tokens', 'next_positions', 'completion_logps', 'reference', 'staged_folder',
            'save_policy']
 
-# %% ../nbs/08_policy.ipynb #4e150715
+# %% ../nbs/08_policy.ipynb #64a34d8f
 import copy
 import json
 import os
@@ -27,7 +27,7 @@ from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from .loss import token_logps
 from .prompts import Messages
 
-# %% ../nbs/08_policy.ipynb #1dcd45c7
+# %% ../nbs/08_policy.ipynb #ba8483e6
 EMBEDDED_POLICY = resources.files("emo_r3") / "embedded" / "policy"
 
 
@@ -50,7 +50,7 @@ def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id
         raise ValueError(f"policy {folder}: found {found}; allowed: *.safetensors (a pickle could run code while it loads)")
     return str(folder)
 
-# %% ../nbs/08_policy.ipynb #d7de8e57
+# %% ../nbs/08_policy.ipynb #ce47f231
 def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, or a hub id
                 dtype: str | torch.dtype = "float32", # of the weights; training keeps float32 master weights
                 device: str | torch.device = "cpu", # where the weights go
@@ -62,7 +62,7 @@ def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, o
     if missing := sorted(info["missing_keys"]): raise ValueError(f"policy {name_or_path}: its weights lack {len(missing)} tensors, {missing[0]} among them; they would have been random")
     return model.to(device).eval()
 
-# %% ../nbs/08_policy.ipynb #a7d3239b
+# %% ../nbs/08_policy.ipynb #09e952f2
 class _VLProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True, "add_special_tokens": False},
                  "common_kwargs": {"return_tensors": "pt"}}
@@ -84,7 +84,7 @@ class VLProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]: return super().model_input_names + ["mm_token_type_ids"]
 
-# %% ../nbs/08_policy.ipynb #7e2feb4d
+# %% ../nbs/08_policy.ipynb #8ac7acf3
 def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
                    min_pixels: int | None = None, # smallest area a picture is resized to; None keeps the model's own
                    max_pixels: int | None = None, # largest
@@ -103,7 +103,7 @@ def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
     if tokenizer.chat_template is None: raise ValueError(f"policy {path}: its tokenizer has no chat template")
     return VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
-# %% ../nbs/08_policy.ipynb #b018bd23
+# %% ../nbs/08_policy.ipynb #a4801548
 def as_plain_text(processor: VLProcessor, # whose special tokens
                   text: str, # what someone wrote
                  ) -> str:
@@ -118,7 +118,7 @@ def _plain_messages(processor: VLProcessor, messages: Messages) -> Messages:
     plain = lambda item: item | {"text": as_plain_text(processor, item["text"])} if item["type"] == "text" else item
     return [turn | {"content": as_plain_text(processor, turn["content"]) if isinstance(turn["content"], str) else [plain(i) for i in turn["content"]]} for turn in messages]
 
-# %% ../nbs/08_policy.ipynb #7a1c9d1a
+# %% ../nbs/08_policy.ipynb #fd461e1f
 def encode_messages(processor: VLProcessor, # the policy's processor
                     batch: Sequence[Messages], # chat messages, pictures inside
                    ) -> BatchFeature: # input_ids, attention_mask, mm_token_type_ids (B, P); pixel_values (patches, values), image_grid_thw (pictures, 3)
@@ -127,7 +127,7 @@ def encode_messages(processor: VLProcessor, # the policy's processor
     images = [item["image"] for m in batch for turn in m if not isinstance(turn["content"], str) for item in turn["content"] if item["type"] == "image"]
     return processor(images=images or None, text=texts)
 
-# %% ../nbs/08_policy.ipynb #f5e851ec
+# %% ../nbs/08_policy.ipynb #17560bbe
 def repeat_prompts(inputs: BatchFeature, # B encoded prompts, at most one picture each
                    index: torch.Tensor, # (N,): which prompt each row takes
                   ) -> dict[str, torch.Tensor]:
@@ -140,13 +140,13 @@ def repeat_prompts(inputs: BatchFeature, # B encoded prompts, at most one pictur
         if chosen: rows |= {"pixel_values": torch.cat([patches[i] for i in chosen]), "image_grid_thw": inputs["image_grid_thw"][chosen]}
     return rows
 
-# %% ../nbs/08_policy.ipynb #25192dba
+# %% ../nbs/08_policy.ipynb #8944b279
 def banned_tokens(model: PreTrainedModel) -> list[int]:
     "Returns the ids that must never be sampled: the image and video placeholders and the vision markers."
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({i for n in names if (i := getattr(model.config, n, None)) is not None})
 
-# %% ../nbs/08_policy.ipynb #58f7f5e6
+# %% ../nbs/08_policy.ipynb #f68db6fa
 def _with_prompt_each(model: PreTrainedModel, prompts: dict[str, torch.Tensor], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: # (N, T, V)
     "Returns the logits that speak about each completion token, from rows of prompt and completion."
     types = torch.cat([prompts["mm_token_type_ids"], torch.zeros_like(ids, dtype=prompts["mm_token_type_ids"].dtype)], 1)
@@ -174,7 +174,7 @@ def _with_prompt_shared(model: PreTrainedModel, prompts: dict[str, torch.Tensor]
     rest = model(input_ids=ids, attention_mask=torch.cat([seen, mask.to(seen.dtype)], 1), position_ids=positions, past_key_values=prefix.past_key_values, use_cache=True)
     return torch.cat([prefix.logits.repeat_interleave(G, 0), rest.logits[:, :-1]], 1)
 
-# %% ../nbs/08_policy.ipynb #16cc1876
+# %% ../nbs/08_policy.ipynb #d3a26734
 def completion_logps(model: PreTrainedModel, # any Qwen2.5-VL policy
                      prompts: dict[str, torch.Tensor], # B prompts, left-padded, from `encode_messages` or `repeat_prompts`
                      completion_ids: torch.Tensor, # (N, T), right-padded; N a multiple of B, rows i * N / B and on belong to prompt i
@@ -196,13 +196,13 @@ def completion_logps(model: PreTrainedModel, # any Qwen2.5-VL policy
         log_p = (logits / temperature).log_softmax(-1)
         return logps, -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0)).sum(-1)
 
-# %% ../nbs/08_policy.ipynb #2b859d97
+# %% ../nbs/08_policy.ipynb #3037a883
 def reference(model: PreTrainedModel, # the policy before training
              ) -> PreTrainedModel:
     "Returns a frozen copy that shares no memory with the policy."
     return copy.deepcopy(model).requires_grad_(False).eval()
 
-# %% ../nbs/08_policy.ipynb #33a79a98
+# %% ../nbs/08_policy.ipynb #5d85b152
 @contextmanager
 def staged_folder(target: Path, # the folder that should appear, whole or not at all
                  ):

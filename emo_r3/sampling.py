@@ -6,7 +6,7 @@
 __all__ = ['Rollouts', 'Sampler', 'check_sampling', 'end_tokens', 'mask_after_end', 'PolicySampler', 'score_answers',
            'PolicyJudge']
 
-# %% ../nbs/10_sampling.ipynb #5d408c0c
+# %% ../nbs/10_sampling.ipynb #e068d708
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,7 +18,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from .policy import VLProcessor, banned_tokens, completion_logps, encode_messages, repeat_prompts
 from .prompts import Messages
 
-# %% ../nbs/10_sampling.ipynb #e953cd29
+# %% ../nbs/10_sampling.ipynb #b0c93753
 @dataclass(frozen=True)
 class Rollouts:
     "G completions for each of B prompts; row i belongs to prompt i // G."
@@ -45,12 +45,12 @@ class Rollouts:
         rows = (index[:, None] * self.num_generations + torch.arange(self.num_generations)).flatten()
         return repeat_prompts(self.prompts, index), *self.rows(rows)[1:]
 
-# %% ../nbs/10_sampling.ipynb #7ab53dd6
+# %% ../nbs/10_sampling.ipynb #35447516
 class Sampler(Protocol):
     "Whatever can draw completions: the policy itself here, an inference engine elsewhere."
     def sample(self, messages: Sequence[Messages], num_generations: int, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None) -> Rollouts: ...
 
-# %% ../nbs/10_sampling.ipynb #44ad5d92
+# %% ../nbs/10_sampling.ipynb #068336e7
 class _ChosenLogps(LogitsProcessor):
     "Notes the log-probability of every chosen token, one step behind `generate`."
     def __init__(self): self.previous, self.columns = None, []
@@ -66,7 +66,7 @@ class _ChosenLogps(LogitsProcessor):
         self.note(last)
         return torch.stack(self.columns, 1)
 
-# %% ../nbs/10_sampling.ipynb #774a972b
+# %% ../nbs/10_sampling.ipynb #ad234b69
 def check_sampling(temperature: float, # of the sampling; 0 is greedy
                    num_generations: int, # G
                    max_new_tokens: int, # longest completion, tokens
@@ -76,14 +76,14 @@ def check_sampling(temperature: float, # of the sampling; 0 is greedy
     if num_generations < 1: raise ValueError(f"num_generations = {num_generations}; allowed: 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens = {max_new_tokens}; allowed: 1 or more")
 
-# %% ../nbs/10_sampling.ipynb #e797c562
+# %% ../nbs/10_sampling.ipynb #9c89ad9d
 def end_tokens(model: PreTrainedModel, processor: VLProcessor) -> list[int]:
     "Returns the ids that end a completion: the tokenizer's end token and those of the model's generation settings."
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({processor.tokenizer.eos_token_id, *configured})
 
-# %% ../nbs/10_sampling.ipynb #ca3eb661
+# %% ../nbs/10_sampling.ipynb #d64a5bf8
 @torch.no_grad()
 def _generate(model: PreTrainedModel, processor: VLProcessor, rows: dict[str, torch.Tensor], max_new_tokens: int, temperature: float,
               seed: int | None, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +99,7 @@ def _generate(model: PreTrainedModel, processor: VLProcessor, rows: dict[str, to
     ids = out[:, rows["input_ids"].shape[1]:]
     return ids, noted.finish(ids[:, -1])
 
-# %% ../nbs/10_sampling.ipynb #083f5d60
+# %% ../nbs/10_sampling.ipynb #7ad50b38
 def mask_after_end(completion_ids: torch.Tensor, # (N, T)
                    ends: list[int], # ids that end a completion
                   ) -> torch.Tensor: # (N, T), int64
@@ -107,7 +107,7 @@ def mask_after_end(completion_ids: torch.Tensor, # (N, T)
     is_end = torch.isin(completion_ids, torch.tensor(ends, device=completion_ids.device))
     return ((is_end.cumsum(1) - is_end.long()) == 0).long()
 
-# %% ../nbs/10_sampling.ipynb #8032cabd
+# %% ../nbs/10_sampling.ipynb #eccf95d0
 class PolicySampler:
     "Draws completions from a policy through transformers."
     def __init__(self, model: PreTrainedModel, # the policy, or a frozen reference
@@ -137,7 +137,7 @@ class PolicySampler:
         texts = self.processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Rollouts(prompts, ids.cpu(), mask.cpu(), logps.masked_fill(mask == 0, 0.0).cpu(), ended.cpu(), tuple(texts), num_generations)
 
-# %% ../nbs/10_sampling.ipynb #d1dde2f8
+# %% ../nbs/10_sampling.ipynb #ad8587d0
 def _answer_ids(processor: VLProcessor, answers: Sequence[str]) -> list[list[int]]:
     "Returns each answer's token ids; raises ValueError for an answer without tokens."
     ids = [processor.tokenizer.encode(a, add_special_tokens=False) for a in answers]
@@ -153,7 +153,7 @@ def _score_rows(model: PreTrainedModel, processor: VLProcessor, prompts: BatchFe
     logps = completion_logps(model, repeat_prompts(prompts, torch.tensor(questions)), ids, mask)
     return (logps.cpu() * mask).sum(1)
 
-# %% ../nbs/10_sampling.ipynb #3873e445
+# %% ../nbs/10_sampling.ipynb #56d74028
 @torch.no_grad()
 def score_answers(model: PreTrainedModel, # who is asked
                   processor: VLProcessor, # its processor
@@ -181,7 +181,7 @@ def _next_token_logps(model: PreTrainedModel, prompts: BatchFeature) -> torch.Te
     logits = model(**{k: v.to(model.device) for k, v in prompts.items()}, logits_to_keep=1, use_cache=False).logits[:, -1].float()
     return logits.index_fill(-1, torch.tensor(banned_tokens(model), device=logits.device), float("-inf")).log_softmax(-1).cpu()
 
-# %% ../nbs/10_sampling.ipynb #7bc891f8
+# %% ../nbs/10_sampling.ipynb #7daba913
 class PolicyJudge:
     "Answers reflection questions with a model's present weights; never with gradient."
     def __init__(self, model: PreTrainedModel, # the current policy (the paper's choice) or a frozen reference

@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'Piece', 'Evaluation',
            'write_sample', 'check_run_folder', 'open_run_folder', 'append_metrics', 'eval_metrics', 'write_summary',
            'train']
 
-# %% ../nbs/12_train.ipynb #88527da0
+# %% ../nbs/12_train.ipynb #8c302644
 import hashlib
 import json
 import math
@@ -38,7 +38,7 @@ from .rewards import METHODS, RewardRecord, RewardWeights, reward_completion
 from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
 
-# %% ../nbs/12_train.ipynb #367eb010
+# %% ../nbs/12_train.ipynb #3f882d1c
 def knob(default, # the value, or a function that makes it
          help: str, # what it does, with its unit
          source: str, # where the default comes from
@@ -47,7 +47,7 @@ def knob(default, # the value, or a function that makes it
     how = {"default_factory": default} if callable(default) else {"default": default}
     return field(**how, metadata={"help": help, "source": source})
 
-# %% ../nbs/12_train.ipynb #0ca165b6
+# %% ../nbs/12_train.ipynb #b54e53b9
 @dataclass(frozen=True)
 class TrainConfig:
     "Every choice of a run; raises ValueError, naming field, value and what is allowed."
@@ -102,7 +102,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/12_train.ipynb #57f6eace
+# %% ../nbs/12_train.ipynb #9e6b50b3
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
            "reflection": ("score", "generate"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
@@ -139,7 +139,7 @@ def check_config(config: "TrainConfig") -> None:
     if not isinstance(config.templates, Mapping): complain("templates", "a mapping from template names to texts")
     reward_weights(config), PromptTemplates.from_dict(config.templates)
 
-# %% ../nbs/12_train.ipynb #ec39da8a
+# %% ../nbs/12_train.ipynb #77953452
 def reward_weights(config: TrainConfig) -> RewardWeights:
     "Returns the reward rules of a run: the method's under its preset, with the weights that the configuration replaces."
     weights = RewardWeights.for_method(config.method, config.preset)
@@ -158,7 +158,7 @@ def make_config(values: Mapping, # field names and values, as a recipe gives the
         if name not in known: raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
-# %% ../nbs/12_train.ipynb #6e7ccd6f
+# %% ../nbs/12_train.ipynb #4d85cb49
 def policy_messages(method: str, # emo_r3, set or grpo
                     examples: Sequence[EmotionExample], # B
                     templates: PromptTemplates, # the prompts' texts
@@ -172,7 +172,7 @@ def parse_completions(method: str, texts: Sequence[str], templates: PromptTempla
     "Returns the completions read as the method's prompt asked for them."
     return [parse_think(t) if method == "grpo" else parse_set(t, templates.tags) for t in texts]
 
-# %% ../nbs/12_train.ipynb #d226cf2b
+# %% ../nbs/12_train.ipynb #64fd488d
 def score_completions(completions: Sequence[SETCompletion], # N
                       examples: Sequence[EmotionExample], # N, each repeated for its group
                       verdicts: Sequence[ReflectionVerdict] | None, # N, or None where the method does not reflect
@@ -183,7 +183,7 @@ def score_completions(completions: Sequence[SETCompletion], # N
     return [reward_completion(c, x.label, x.label_set, weights, **({} if v is None else {"consistency": v.consistency, "coherence": v.coherence}))
             for c, x, v in zip(completions, examples, judged)]
 
-# %% ../nbs/12_train.ipynb #ea041087
+# %% ../nbs/12_train.ipynb #5960fff7
 @dataclass(frozen=True)
 class Experience:
     "One step's rollouts with everything that was made of them; N = B * G, row i belongs to picture i // G."
@@ -197,7 +197,7 @@ class Experience:
     @property
     def overall(self) -> torch.Tensor: return torch.tensor([r.overall for r in self.rewards]).view(self.advantages.shape)  # (B, G)
 
-# %% ../nbs/12_train.ipynb #9144dd86
+# %% ../nbs/12_train.ipynb #3fdd8e1b
 Piece = tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]  # rows (n,), their prompts, completion ids (n, T) and mask (n, T)
 
 
@@ -221,7 +221,7 @@ def score_rollouts(model: PreTrainedModel, rollouts: Rollouts, config: TrainConf
         out[rows, :ids.shape[1]] = completion_logps(model, prompts, ids, mask, config.temperature).cpu() * mask
     return out
 
-# %% ../nbs/12_train.ipynb #6e425f68
+# %% ../nbs/12_train.ipynb #87d7a46e
 class Trainer:
     "What lives through a run: the policy, its optimizer, the frozen reference, and whom to ask."
     def __init__(self, config: TrainConfig, # every choice
@@ -245,7 +245,7 @@ class Trainer:
 
     def autocast(self): return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-# %% ../nbs/12_train.ipynb #60f62fc3
+# %% ../nbs/12_train.ipynb #5f5dc6e7
 def update(trainer: Trainer, # holds policy and optimizer
            experience: Experience, # the step's rollouts and advantages
            pictures: torch.Tensor, # (b,): whose groups this update takes
@@ -275,7 +275,7 @@ def update(trainer: Trainer, # holds policy and optimizer
     trainer.optimizer.step()
     return metrics | {"grad_norm": norm, "sampling/sampling_logp_difference/max": gap}
 
-# %% ../nbs/12_train.ipynb #8a5c4c3a
+# %% ../nbs/12_train.ipynb #9c899889
 def collect(trainer: Trainer, # the run's state
             examples: Sequence[EmotionExample], # B pictures
             seed: int, # of the sampling
@@ -297,7 +297,7 @@ def collect(trainer: Trainer, # the run's state
     advantages = group_advantages(overall, trainer.weights.std, trainer.weights.eps)
     return Experience(tuple(examples), rollouts, tuple(completions), verdicts, tuple(rewards), advantages)
 
-# %% ../nbs/12_train.ipynb #1f34fb8e
+# %% ../nbs/12_train.ipynb #13a9fb53
 def train_step(trainer: Trainer, # the run's state; its policy and optimizer change
                examples: Sequence[EmotionExample], # B pictures
                seed: int, # of the sampling
@@ -317,7 +317,7 @@ def train_step(trainer: Trainer, # the run's state; its policy and optimizer cha
     mean["sampling/sampling_logp_difference/max"] = max(u["sampling/sampling_logp_difference/max"] for u in updates)
     return experience, experience_metrics(experience) | mean | timing | throughput(experience, timing["step_time"]) | {"learning_rate": c.learning_rate}
 
-# %% ../nbs/12_train.ipynb #7dd7fb49
+# %% ../nbs/12_train.ipynb #a4472041
 def experience_metrics(experience: Experience) -> dict[str, float]:
     "Returns the metrics of sampling and rewards."
     overall, rollouts = experience.overall, experience.rollouts
@@ -346,7 +346,7 @@ def throughput(experience: Experience, seconds: float) -> dict[str, float]:
     "Returns completion tokens and completions a second of a step."
     return {"perf/tokens_per_s": experience.rollouts.lengths.sum().item() / seconds, "perf/rollouts_per_s": len(experience.completions) / seconds}
 
-# %% ../nbs/12_train.ipynb #503aeb05
+# %% ../nbs/12_train.ipynb #2ac9588c
 def batches(n: int, # training pictures
             size: int, # pictures a step
             epochs: int, # passes
@@ -368,7 +368,7 @@ def number_of_steps(config: TrainConfig, n: int) -> int:
     by_epochs = config.epochs * (n // config.prompts_per_step)
     return min(by_epochs, config.max_steps or by_epochs)
 
-# %% ../nbs/12_train.ipynb #8f1ec082
+# %% ../nbs/12_train.ipynb #5cc0dce7
 def group_record(experience: Experience, b: int, picture: str) -> dict:
     "Returns all about one picture's group as plain JSON."
     x, G, out = experience.examples[b], experience.rollouts.num_generations, []
@@ -396,7 +396,7 @@ def write_sample(folder: Path, # the run's samples/ folder
     target.write_text(json.dumps({"step": step, "groups": records}, indent=1, ensure_ascii=False), encoding="utf-8")
     return target
 
-# %% ../nbs/12_train.ipynb #dedc6c78
+# %% ../nbs/12_train.ipynb #03139b29
 def check_run_folder(output_dir: str | Path) -> Path:
     "Returns the path of a run's folder; raises ValueError if something is there already."
     folder = Path(output_dir)
@@ -420,7 +420,7 @@ def append_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> Non
     "Adds one line to metrics.jsonl."
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-# %% ../nbs/12_train.ipynb #46b7651b
+# %% ../nbs/12_train.ipynb #5557d88c
 Evaluation = Callable[[PreTrainedModel, str], dict[str, dict]]  # (model, "before" | "during" | "after") -> for each domain its figures
 
 
@@ -435,7 +435,7 @@ def write_summary(folder: Path, summary: dict) -> Path:
     staging.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return staging.rename(target)
 
-# %% ../nbs/12_train.ipynb #c69b3ee6
+# %% ../nbs/12_train.ipynb #f2da11a7
 def train(config: TrainConfig, # every choice
           policy: PreTrainedModel, # trained in place
           processor: VLProcessor, # its processor
@@ -452,7 +452,7 @@ def train(config: TrainConfig, # every choice
     if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     folder, started = open_run_folder(output_dir, config), time.time()
     set_seed(config.seed)
-    tracker = Accelerator(cpu=policy.device.type == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder))
+    tracker = Accelerator(cpu=policy.device.type == "cpu", log_with=list(config.trackers) or None, project_dir=str(folder / "tracking"))
     if config.trackers: tracker.init_trackers("emo_r3", config={k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in asdict(config).items()})
     def record(step, metrics):
         append_metrics(folder, step, metrics)

@@ -163,7 +163,7 @@ def test_a_run_writes_its_folder(processor, examples, tmp_path):
     sample = json.loads((run / "samples" / "step_00001.json").read_text())
     group = sample["groups"][0]
     assert len(group["completions"]) == 4 and (run / "samples" / group["picture"]).exists() and abs(sum(c["advantage"] for c in group["completions"])) < 1e-4
-    assert list((run / "tracking").rglob("events*")) and not list(run.rglob("*.partial*"))
+    assert list((run / "tracking").rglob("events.out.tfevents*")) and not list(run.rglob("*.partial*"))
     assert load_policy(run / "policy").num_parameters() > 0
     with pytest.raises(ValueError, match="is not empty"): train(SMALL, load_policy(), processor, examples, run)
 
