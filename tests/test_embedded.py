@@ -1,4 +1,5 @@
 """The embedded pictures and policy: splits do not meet, the warm-up saw no test scene and no label of one, and the policy passes its gates."""
+import hashlib
 import random
 from collections import Counter
 
@@ -81,6 +82,7 @@ def test_package_is_small_and_credits_its_sources():
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 6_000_000
     credit = (folder / "ATTRIBUTION.md").read_text()
     assert all(word in credit for word in ("Twemoji", "CC-BY 4.0", "Noto", "Apache", "Fluent", "MIT"))
+    assert hashlib.sha256((EMBEDDED_POLICY / "model.safetensors").read_bytes()).hexdigest() in credit  # the weights are the ones that the text speaks of
     assert not list(folder.rglob("*openmoji*"))
     for vendor in VENDORS: assert render(scene_specs("style" if vendor == "noto" else "in_domain", "test", 1, 0)[0]).size == (96, 96)
 
