@@ -1,6 +1,6 @@
 """Table 3's ablation on the embedded scenes: plain GRPO, SET alone, and EMO-R3 with either judge, over several seeds.
 
-    python benchmarks/three_methods.py            # about an hour and a half on two cores; finished runs are not repeated
+    python benchmarks/three_methods.py            # about forty minutes on two cores; finished runs are not repeated
     python benchmarks/three_methods.py --collect  # only gather what is there
 
 Every run is `emo-r3 train scenes_cpu --method ... --judge ... --seed ...`, one thread each, two at a time; the figures are gathered
