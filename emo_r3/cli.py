@@ -204,8 +204,8 @@ def run(config: "TrainConfig", # every choice
     from emo_r3.policy import reference
     from emo_r3.sampling import PolicyJudge
     policy, processor = load_pair(config.policy, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    frozen = reference(policy)
-    measure = Measure(config, data, processor, PolicyJudge(frozen, processor) if config.method in WITH_STEPS else None)
+    frozen = reference(policy) if config.method in WITH_STEPS else None  # judges steps before and after; without steps the trainer copies only if it needs to
+    measure = Measure(config, data, processor, PolicyJudge(frozen, processor) if frozen is not None else None)
     summary = train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe)
     before, after = measure.reports["before"], measure.reports["after"]
     write_summary(Path(output_dir), summary | {"comparison": {domain: compare(before[domain], after[domain]).to_dict() for domain in before}})

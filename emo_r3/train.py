@@ -235,7 +235,7 @@ class Trainer:
         self.weights, self.templates = reward_weights(config), PromptTemplates.from_dict(config.templates)
         reflects = self.weights.lambda_reflective > 0
         needed = config.beta > 0 or (reflects and config.judge == "reference" and judge is None)
-        self.reference = (frozen or reference(policy)) if needed else None
+        self.reference = (reference(policy) if frozen is None else frozen) if needed else None
         asked = self.reference if config.judge == "reference" else policy
         written = {"temperature": self.weights.judge_temperature, "top_p": self.weights.judge_top_p} if config.reflection == "generate" else {}
         self.judge = (judge or PolicyJudge(asked, processor, **written)) if reflects else None
