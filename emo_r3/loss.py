@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['token_logps', 'policy_ratio', 'clipped_loss', 'kl_estimate', 'loss_normalizer', 'token_weights', 'grpo_loss']
 
-# %% ../nbs/07_loss.ipynb #d6e4db3b
+# %% ../nbs/07_loss.ipynb #c5d357e6
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/07_loss.ipynb #7366b4d0
+from .data import check_choice
+
+# %% ../nbs/07_loss.ipynb #a77330d5
 class _TokenLogps(torch.autograd.Function):
     "log softmax(logits / temperature)[ids], in slices along T, keeping no (N, T, V) tensor but the logits themselves."
 
@@ -43,7 +45,7 @@ class _TokenLogps(torch.autograd.Function):
             grad[:, here] = probs.mul_(-g).scatter_add_(-1, ids[:, here, None], g)
         return grad, None, None, None
 
-# %% ../nbs/07_loss.ipynb #90066aa7
+# %% ../nbs/07_loss.ipynb #43cba30e
 def token_logps(
     logits: Tensor,  # one logit a vocabulary entry, (N, T, V): position t's logits predict ids[:, t]
     ids: Tensor,  # the sampled tokens, int64 (N, T)
@@ -63,7 +65,7 @@ def token_logps(
     slice_tokens = max(1, 2**24 // max(1, len(logits) * V))  # at most 64 MB of float32 at a time, or one position
     return _TokenLogps.apply(logits, ids, temperature, slice_tokens)
 
-# %% ../nbs/07_loss.ipynb #b2129052
+# %% ../nbs/07_loss.ipynb #f59ebba3
 def policy_ratio(
     logps: Tensor,  # log-probabilities under the policy being trained, (N, T)
     old_logps: Tensor,  # under the policy that sampled, (N, T)
@@ -78,7 +80,7 @@ def policy_ratio(
         log_ratio = log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)  # (N, 1)
     return log_ratio.clamp(-20, 20).exp()
 
-# %% ../nbs/07_loss.ipynb #a8c654e5
+# %% ../nbs/07_loss.ipynb #8d077fd8
 def clipped_loss(
     ratios: Tensor,  # how much likelier each token has become, (N, T) or (N, 1)
     advantages: Tensor,  # the advantage of each completion, (N, 1)
@@ -93,7 +95,7 @@ def clipped_loss(
         return loss
     return torch.where(advantages < 0, torch.minimum(loss, -delta * advantages), loss)
 
-# %% ../nbs/07_loss.ipynb #0680a1b1
+# %% ../nbs/07_loss.ipynb #f4585d9d
 def kl_estimate(
     logps: Tensor,  # log-probabilities of the sampled tokens under the policy being trained, any shape
     ref_logps: Tensor,  # under the frozen reference, the same shape; no gradient flows into it
@@ -104,6 +106,7 @@ def kl_estimate(
     """The estimated KL divergence of policy from reference at each token, from the sampled token alone.
 
     Raises ValueError for unequal shapes or an unknown kind. Source: Eq. 1; Schulman's k1, k2, k3; clamps: EasyR1."""
+    check_choice("kind", kind, ("k1", "k2", "k3"))
     if logps.shape != ref_logps.shape:
         raise ValueError(f"ref_logps: got shape {tuple(ref_logps.shape)}; allowed: {tuple(logps.shape)}, the shape of logps")
     d = logps.to(torch.promote_types(logps.dtype, torch.float32)) - ref_logps.detach()
@@ -111,31 +114,20 @@ def kl_estimate(
         return d
     if kind == "k2":
         return d.square() / 2
-    if kind == "k3":
-        d = d.clamp(-log_ratio_clamp, log_ratio_clamp)
-        return (torch.expm1(-d) + d).clamp(-value_clamp, value_clamp)  # expm1(x) = e^x - 1, exact near 0
-    raise ValueError(f"kind: got {kind!r}; allowed: 'k1', 'k2', 'k3'")
+    d = d.clamp(-log_ratio_clamp, log_ratio_clamp)
+    return (torch.expm1(-d) + d).clamp(-value_clamp, value_clamp)  # expm1(x) = e^x - 1, exact near 0
 
-# %% ../nbs/07_loss.ipynb #d1ab44c3
-def _check_choice(
-    name: str,  # the argument's name
-    value: str,  # what it was set to
-    allowed: tuple[str, ...],  # what it may be
-) -> None:
-    "Raises ValueError, naming the argument, unless `value` is one of `allowed`."
-    if value not in allowed:
-        raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(map(repr, allowed))}")
-
+# %% ../nbs/07_loss.ipynb #7cd5d7d0
 def loss_normalizer(
     mask: Tensor,  # True on completion tokens, (N, T)
     average: Literal["token", "sequence", "constant"] = "token",  # as in `grpo_loss`
 ) -> Tensor:  # a count, float64 scalar; counts of several pieces add up
     "What the loss is divided by: the number of completion tokens for \"token\", else of completions."
-    _check_choice("average", average, ("token", "sequence", "constant"))
+    check_choice("average", average, ("token", "sequence", "constant"))
     count = mask.sum() if average == "token" else torch.tensor(len(mask), device=mask.device)
     return count.to(torch.float64)
 
-# %% ../nbs/07_loss.ipynb #befbec31
+# %% ../nbs/07_loss.ipynb #170c8636
 def token_weights(
     mask: Tensor,  # True on completion tokens, bool (N, T)
     average: Literal["token", "sequence", "constant"] = "token",  # over the batch's tokens; per completion first; by a constant length
@@ -159,7 +151,7 @@ def token_weights(
         return weights / mask.sum(1, keepdim=True).clamp(min=1)
     return weights / max_tokens if average == "constant" else weights
 
-# %% ../nbs/07_loss.ipynb #32ed32d8
+# %% ../nbs/07_loss.ipynb #6044a4a2
 def _check_tensors(
     logps: Tensor,  # as in `grpo_loss`
     advantages: Tensor,  # as in `grpo_loss`
@@ -177,7 +169,7 @@ def _check_tensors(
     if mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError("mask: got values other than 0 and 1; allowed: 1 on completion tokens, 0 on padding")
 
-# %% ../nbs/07_loss.ipynb #6dda2ca6
+# %% ../nbs/07_loss.ipynb #0c1861c6
 def _check_options(
     beta: float,  # this and the others as in `grpo_loss`
     epsilon_low: float,
@@ -188,8 +180,8 @@ def _check_options(
     has_reference: bool,  # whether ref_logps came
 ) -> None:
     "Raises ValueError, naming the option, if one has a value that `grpo_loss` cannot use."
-    _check_choice("ratio", ratio, ("token", "sequence"))
-    _check_choice("kl", kl, ("k1", "k2", "k3"))
+    check_choice("ratio", ratio, ("token", "sequence"))
+    check_choice("kl", kl, ("k1", "k2", "k3"))
     if not 0 <= epsilon_low <= 1:
         raise ValueError(f"epsilon_low: got {epsilon_low}; allowed: 0 to 1")
     if not 0 <= epsilon_high < float("inf"):
@@ -201,7 +193,7 @@ def _check_options(
     if beta > 0 and not has_reference:
         raise ValueError(f"ref_logps: got None with beta = {beta}; allowed: the reference's log-probabilities (N, T), or beta = 0")
 
-# %% ../nbs/07_loss.ipynb #ffa3233c
+# %% ../nbs/07_loss.ipynb #24707aa9
 def _on_tokens(
     logps: Tensor,  # log-probabilities, (N, T)
     mask: Tensor,  # True on completion tokens, bool (N, T)
@@ -210,7 +202,7 @@ def _on_tokens(
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32)).masked_fill(~mask, 0.0)
     return logps.masked_fill(logps.isinf(), float("nan"))
 
-# %% ../nbs/07_loss.ipynb #42d4263f
+# %% ../nbs/07_loss.ipynb #25f3f64d
 def _clip_metrics(
     ratios: Tensor,  # detached, (N, T) or (N, 1)
     advantages: Tensor,  # (N, 1)
@@ -224,7 +216,7 @@ def _clip_metrics(
     held = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low | high}
     return held if delta is None else held | {"clip_ratio/dual_mean": (ratios > delta) & (advantages < 0)}
 
-# %% ../nbs/07_loss.ipynb #d6ae13d0
+# %% ../nbs/07_loss.ipynb #d4ffe37c
 def grpo_loss(
     logps: Tensor,  # log-probabilities of the sampled tokens under the policy being trained, (N, T)
     old_logps: Tensor,  # under the policy that sampled them, (N, T); detached here, so on-policy `logps` itself will do

@@ -197,13 +197,16 @@ def check_run(run: Path, domains) -> dict:
     return summary
 
 
-def test_train_leaves_a_whole_run_and_prints_its_report_last(folder, tiny, capsys):
-    recipe = tiny / "tiny.yaml"
+def test_train_leaves_a_whole_run_and_prints_its_report_last(folder, tiny, capsys, monkeypatch):
+    import emo_r3.train
+    recipe, written, write = tiny / "tiny.yaml", [], emo_r3.train.write_summary
+    monkeypatch.setattr(emo_r3.train, "write_summary", lambda *args: (written.append(args), write(*args))[1])
     code, out, err = run_main(capsys, "train", recipe, "--seed", 3, "--max_steps", 1, "--learning-rate=1e-5")
     assert code == 0, err
     run = Path("runs/tiny-emo_r3-seed3")
     assert out.splitlines()[-1] == str(run / "report.html")
     assert all(any(line.startswith(d) for line in out.splitlines()) for d in DOMAINS)  # the table
+    assert len(written) == 1
     summary = check_run(run, DOMAINS)
     assert list(summary["comparison"]) == list(DOMAINS) and summary["comparison"]["faces"]["n"] == 2  # answers paired, for the report
     assert (summary["recipe"], summary["seed"], summary["steps"], summary["method"]) == ("tiny", 3, 1, "emo_r3")
@@ -245,6 +248,97 @@ def test_evaluate_reads_own_pictures(folder, tiny, capsys):
     pictures(folder / "mine", labels=("joy", "surprise"))
     code, out, err = run_main(capsys, "evaluate", tiny / "policy", "mine", "--labels", "emotion6", "--max-tokens", 4, "--size", 3)
     assert code == 0 and out.splitlines()[-1].split()[:2] == ["mine", "3"], err
+
+
+def table(root: Path, name: str, rows: int, seed: int = 0, split: str = "") -> Path:
+    "A CSV whose columns nobody could guess, in words of its own: schreck is fear, wow is awe."
+    pictures(root / "pixels", each=rows // 2, seed=seed)
+    lines = [f"pixels/{label}/{i}.png;{word};{split}" for label, word in (("fear", "Schreck"), ("awe", "wow")) for i in range(rows // 2)]
+    (root / name).write_text("bild;stimmung;split\n" + "\n".join(lines) + "\n")
+    return root / name
+
+
+MINE = ("--image-column", "bild", "--label-column", "stimmung", "--label-map", "{schreck: fear, wow: awe}")
+
+
+def test_evaluate_reads_a_table_with_columns_of_its_own(folder, tiny, capsys):
+    table(folder, "mood.csv", 4)
+    code, out, err = run_main(capsys, "evaluate", tiny / "policy", "mood.csv", *MINE, "--max-tokens", 4, "--output", "figures.json")
+    assert code == 0 and out.splitlines()[-1].split()[:2] == ["mood", "4"], err
+    per_class = json.loads(Path("figures.json").read_text())["domains"]["mood"]["per_class"]
+    assert {label: s["n"] for label, s in per_class.items() if s["n"]} == {"fear": 2, "awe": 2}
+
+
+@pytest.mark.parametrize("options, words", [
+    ((), ["mood.csv, line 2", "no image column", "bild, stimmung"]), (("--image-column", "bidl"), ["mood.csv", "'bidl'", "did you mean 'bild'"]),
+    (("--image-column", "bild"), ["no label column"]), (MINE[:4], ["mood.csv, line 2", "'Schreck'", "emoset8"]), ((*MINE[:5], "[a]"), ["label_map", "['a']", "a mapping"]),
+    ((*MINE[:5], "{schreck: fera}"), ["'Schreck'", "did you mean 'fear'"])])
+def test_columns_that_are_not_there(folder, tiny, capsys, options, words):
+    table(folder, "mood.csv", 4)
+    code, out, err = run_main(capsys, "evaluate", tiny / "policy", "mood.csv", *options)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    for word in words: assert word in err
+
+
+def test_train_reads_a_table_with_columns_of_its_own(folder, tiny, capsys):
+    table(folder, "mood.csv", 8, split="train")
+    rows = (folder / "mood.csv").read_text().splitlines()
+    (folder / "mood.csv").write_text("\n".join(r.replace(";train", ";test") if i in (1, 5) else r for i, r in enumerate(rows)) + "\n")
+    _, config = cli.run_config(str(tiny / "tiny.yaml"), {"data": "mood.csv", "image_column": "bild", "label_column": "stimmung", "label_map": "{schreck: fear, wow: awe}"})
+    data = cli.run_data(config)
+    assert [sorted({x.label for x in xs}) for xs in (data.train, data.test["mood"])] == [["awe", "fear"]] * 2 and len(data.train) == 4
+    code, out, err = run_main(capsys, "train", tiny / "tiny.yaml", "--data", "mood.csv", *MINE, "--output-dir", "out", "--method", "set", "--max-steps", 1)
+    assert code == 0, err
+    assert cli.run_config("out/config.yaml", {"image_column": "null"})[1].image_column is None and cli.run_config("out/config.yaml", {})[1].label_map == config.label_map
+
+
+@pytest.mark.parametrize("argv", [("evaluate", "embedded", "scenes"), ("train", "scenes_cpu", "--output-dir", "out")])
+@pytest.mark.parametrize("option", [MINE[:2], MINE[2:4], MINE[4:]])
+def test_scenes_have_no_columns(folder, capsys, argv, option):
+    code, _, err = run_main(capsys, *argv, *option)
+    assert code == 2 and option[0][2:].replace("-", "_") in err and "scenes" in err and os.listdir() == []
+
+
+OTHER_WORDS = {"set": "{question} Denke nach. <a></a> <b></b> <c></c> \\boxed{}", "tags": ["a", "b", "c"]}
+
+
+def test_templates_and_sizes_reach_the_policy(folder, tiny, capsys, monkeypatch):
+    import emo_r3.evaluate
+    asked, sizes, real = [], [], emo_r3.evaluate.PolicySampler.sample
+    def sample(self, messages, *args, **options):
+        asked.append(messages[0][0]["content"][-1]["text"])
+        sizes.append(self.processor.image_processor.size)
+        return real(self, messages, *args, **options)
+    monkeypatch.setattr(emo_r3.evaluate.PolicySampler, "sample", sample)
+    Path("words.yaml").write_text(yaml.safe_dump(OTHER_WORDS))
+    book_example().image.save("ghost.png")
+    options = ("--templates", "words.yaml", "--min-pixels", 784, "--max-pixels", 3136)
+    for argv in (("evaluate", tiny / "policy", "scenes:style", "--size", 1, "--max-tokens", 4), ("predict", "ghost.png", "--policy", tiny / "policy")):
+        code, _, err = run_main(capsys, *argv, *options)
+        assert code == 0, err
+        code, _, err = run_main(capsys, *argv)
+        assert code == 0, err
+    assert ["Denke nach" in text for text in asked] == [True, False] * 2
+    assert [dict(s) == {"shortest_edge": 784, "longest_edge": 3136} for s in sizes] == [True, False] * 2
+
+
+@pytest.mark.parametrize("text, words", [("- a", ["a mapping"]), ("sett: x", ["'sett'", "did you mean 'set'"]), ("set: no question", ["prompts.set", "{question}"]), ("set: [", ["YAML"]), (None, ["No such file"])])
+def test_templates_that_cannot_work(folder, tiny, capsys, text, words):
+    if text: Path("words.yaml").write_text(text)
+    book_example().image.save("ghost.png")
+    for argv in (("evaluate", tiny / "policy", "scenes"), ("predict", "ghost.png", "--policy", tiny / "policy")):
+        code, out, err = run_main(capsys, *argv, "--templates", "words.yaml")
+        assert code == 2 and out == "" and err.count("\n") == 1
+        for word in ("words.yaml", *words): assert word in err
+
+
+@pytest.mark.parametrize("options, words", [(("--min-pixels", 0), ["min_pixels = 0", "1 or more"]), (("--max-pixels", "-5"), ["max_pixels = -5"]), (("--min-pixels", 9, "--max-pixels", 4), ["min_pixels = 9", "4 or less"]),
+                                            (("--method", "sett"), ["--method", "'sett'", "did you mean 'set'"])])
+def test_sizes_and_methods_that_cannot_work(folder, capsys, options, words):
+    for argv in (("evaluate", "./nowhere", "scenes"), ("predict", book_example().image.save("ghost.png") or "ghost.png", "--policy", "./nowhere")):
+        code, _, err = run_main(capsys, *argv, *options)  # told before the policy is looked for
+        assert code == 2
+        for word in words: assert word in err
 
 
 def test_evaluate_on_the_same_scenes_as_a_run():

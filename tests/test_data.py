@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from emo_r3.data import (EMOSET8, EMOTION6, WEBEMO7, DataError, EmotionExample, LabelSet, StoredPicture, did_you_mean, emotion_question,
+from emo_r3.data import (EMOSET8, EMOTION6, WEBEMO7, DataError, EmotionExample, LabelSet, StoredPicture, check_choice, did_you_mean, emotion_question,
                          label_set, load_examples, read_manifest, subsample, write_manifest)
 
 COLOURS = {"joy": (240, 200, 40), "fear": (90, 60, 160), "anger": (220, 40, 30)}
@@ -121,6 +121,12 @@ def test_question_lists_labels_alphabetically():
 def test_did_you_mean():
     assert did_you_mean("FEAR ", ["fear", "awe"]) == "; did you mean 'fear'?"
     assert did_you_mean("zzz", ["fear"]) == "" and did_you_mean("fear", []) == ""
+
+
+def test_check_choice():
+    check_choice("it", "fear", EMOTION6)
+    assert message(ValueError, check_choice, "it", "Fear", ("fear", "awe")) == "it: got 'Fear'; allowed: fear, awe; did you mean 'fear'?"
+    for value in (None, 3, [], "far away"): assert message(ValueError, check_choice, "it", value, ("fear", "awe")) == f"it: got {value!r}; allowed: fear, awe"
 
 
 # ---- pictures
@@ -231,6 +237,21 @@ def test_pictures_are_lazy_and_fresh(faces):
     in_memory = one(Image.new("RGB", (1, 1), "red"))
     in_memory.load_image().putpixel((0, 0), (0, 0, 0))
     assert in_memory.load_image().getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(201, 1), (1, 201), (402, 2)])
+def test_strips_are_refused_by_name(tmp_path, size):
+    png(tmp_path / "strip.png", size=size)
+    for picture, name in ((tmp_path / "strip.png", str(tmp_path / "strip.png")), (Image.new("RGB", size), "example 'seen'")):
+        text = message(DataError, EmotionExample(picture, "?", "joy", EMOTION6, id="seen").load_image)
+        assert name in text and f"{size[0]} x {size[1]} pixels" in text and "200 times" in text
+    png(tmp_path / "wide.png", size=(200, 1))
+    assert one(tmp_path / "wide.png").load_image().size == (200, 1)
+
+
+def test_the_widest_picture_that_is_read_can_be_encoded():
+    from emo_r3.policy import load_processor
+    for size in ((200, 1), (1, 200), (1000, 5)): load_processor().image_processor(one(Image.new("RGB", size)).load_image())
 
 
 def test_sha256(tmp_path):

@@ -19,13 +19,12 @@ from sklearn.metrics import f1_score
 from emo_r3 import evaluate as module
 from emo_r3.data import EMOSET8, EMOTION6, DataError, EmotionExample, LabelSet, emotion_question
 from emo_r3.embedded.warm_up import build_image_processor, build_model, build_tokenizer
-from emo_r3.evaluate import (EVAL_METHODS, ClassScore, Comparison, EvalReport, Graded, Prediction, before_after_table, class_scores, compare,
-                             confusion_counts, eval_messages, evaluate, grade, label_probabilities, macro_f1, mean_or_none,
-                             plot_confusion, plot_prediction, predict, read_completion, report_table, upload_widget, wilson_interval)
+from emo_r3.evaluate import (ClassScore, Comparison, EvalReport, Graded, Prediction, before_after_table, class_scores, compare, confusion_counts, evaluate, grade,
+                             label_probabilities, macro_f1, mean_or_none, plot_confusion, plot_prediction, predict, report_table, upload_widget, wilson_interval)
 from emo_r3.parsing import description, parse_set, parse_think
 from emo_r3.policy import VLProcessor
-from emo_r3.prompts import PromptTemplates, set_messages
-from emo_r3.rewards import METHODS, RewardWeights
+from emo_r3.prompts import EVAL_METHODS, PromptTemplates, set_messages
+from emo_r3.rewards import RewardWeights
 from emo_r3.sampling import Rollouts, score_answers
 from emo_r3.scenes import BOOK_COMPLETIONS, book_example, named_objects
 
@@ -132,16 +131,6 @@ def test_each_method_asks_its_own_prompt_about_the_picture():
         picture, text = sampler.calls[0].messages[0][0]["content"]
         assert picture["image"].size == GHOST.image.size and GHOST.question in text["text"]
         assert [m for m, mark in marks.items() if mark in text["text"]] == [m for m in marks if marks[m] == marks[method]]
-
-
-def test_it_asks_and_reads_as_training_does():
-    from emo_r3.train import parse_completions, policy_messages
-    templates, texts = PromptTemplates(), [*BOOK_COMPLETIONS, r"<think>A ghost.</think>\boxed{fear}", "", r"\boxed{fear}"]
-    for method in METHODS:
-        ours = eval_messages(method, GHOST.question, GHOST.load_image(), templates)
-        theirs, = policy_messages(method, [GHOST], templates)
-        assert [item.get("text") for item in ours[0]["content"]] == [item.get("text") for item in theirs[0]["content"]]
-        assert [read_completion(method, t, templates) for t in texts] == parse_completions(method, texts, templates)
 
 
 def test_own_templates_and_tags_are_followed():

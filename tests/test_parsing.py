@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from emo_r3.data import EMOSET8, EMOTION6, WEBEMO7, LabelSet
-from emo_r3.parsing import SETCompletion, extract_boxed, match_label, parse_set, parse_think
-from emo_r3.prompts import DEFAULT_TEMPLATES
+from emo_r3.parsing import SETCompletion, extract_boxed, match_label, parse_set, parse_think, read_completion
+from emo_r3.prompts import DEFAULT_TEMPLATES, PromptTemplates
 from emo_r3.scenes import BOOK_COMPLETIONS
 
 settings.register_profile("busy_machine", deadline=None, derandomize=True)  # examples are the same in every run; time is tested below
@@ -137,7 +137,7 @@ def test_equal_labels_with_other_aliases_do_not_share_a_cache():
 
 
 def test_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="mode: expected 'strict' or 'lenient', got 'fuzzy'"):
+    with pytest.raises(ValueError, match="mode: got 'fuzzy'; allowed: strict, lenient"):
         match_label("awe", EMOSET8, "fuzzy")
     with pytest.raises(ValueError, match="mode"):
         match_label(None, EMOSET8, "Strict")
@@ -256,6 +256,22 @@ def test_think(text, paper, released, reason):
     assert reason in completion.why and bool(completion.why) == (not paper)
     assert completion.steps == completion.tagged_steps == (None, None, None)
     assert completion.answer == extract_boxed(text)
+
+
+@pytest.mark.parametrize("text", [*BOOK_COMPLETIONS, r"<think>A ghost.</think>\boxed{fear}", r"\boxed{fear}", ""])
+def test_each_method_has_its_reader(text):
+    templates = PromptTemplates(set="{question} <a></a> <b></b> <c></c> \\boxed{}", tags=("a", "b", "c"))
+    assert read_completion("grpo", text) == parse_think(text)
+    for method in ("set", "emo_r3"): assert (read_completion(method, text), read_completion(method, text, templates)) == (parse_set(text), parse_set(text, templates.tags))
+    with pytest.raises(ValueError, match="method: got 'sett'.*did you mean 'set'"): read_completion("sett", text)
+
+
+@pytest.mark.parametrize("text, answer, why", [(r"\boxed{fear}", "fear", ""), (r"\boxed{fear}</>", "fear", ""), (r"\boxed{ }", "", "the last \\boxed{} is empty"),
+                                               ("fear", None, "there is no \\boxed{}"), (r"\boxed{fear", None, "the last \\boxed{ is not closed")])
+def test_a_direct_answer_is_in_form_when_its_box_is_filled(text, answer, why):
+    completion = read_completion("direct", text)
+    assert (completion.answer, completion.why, completion.well_formed, completion.well_formed_released) == (answer, why, not why, not why)
+    assert completion.steps == completion.tagged_steps == (None,) * 3
 
 
 # --- properties -------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from PIL import Image
 
 from emo_r3.data import EMOSET8, EMOTION6, WEBEMO7, LabelSet, emotion_question
 from emo_r3.parsing import parse_set
-from emo_r3.prompts import (DEFAULT_TEMPLATES, PromptTemplates, coherence_messages, consistency_messages, direct_messages,
-                            fill_template, set_messages, think_messages)
+from emo_r3.prompts import (DEFAULT_TEMPLATES, EVAL_METHODS, METHODS, PromptTemplates, coherence_messages, consistency_messages, direct_messages,
+                            fill_template, method_messages, set_messages, think_messages)
 
 PICTURE = Image.new("RGB", (4, 4))
 QUESTION = "Which emotion does this picture evoke? Choose one of: amusement, anger, awe, contentment, disgust, excitement, fear, sadness."
@@ -52,6 +52,15 @@ def test_picture_comes_first_and_only_where_there_is_one(ask):
     assert kinds_of(ask("?", PICTURE)) == ["image", "text"]
     assert ask("?", PICTURE)[0]["content"][0]["image"] is PICTURE
     assert kinds_of(ask("?")) == ["text"]
+
+
+def test_each_method_has_its_prompt():
+    assert METHODS == ("grpo", "set", "emo_r3") and EVAL_METHODS == (*METHODS, "direct")
+    german = PromptTemplates.from_dict({name: f"{{question}} {name} <think></think> <step1></step1><step2></step2><step3></step3> \\boxed{{}}" for name in ("set", "think", "direct")})
+    for templates in (DEFAULT_TEMPLATES, german):
+        for method, ask in zip(EVAL_METHODS, (think_messages, set_messages, set_messages, direct_messages)):
+            assert method_messages(method, QUESTION, PICTURE, templates) == ask(QUESTION, PICTURE, templates)
+    with pytest.raises(ValueError, match="method: got 'emo-r3'; allowed: grpo, set, emo_r3, direct; did you mean 'emo_r3'"): method_messages("emo-r3", QUESTION)
 
 
 def test_consistency_sees_the_picture_and_coherence_does_not():
@@ -139,7 +148,7 @@ def test_tags_that_cannot_work_are_refused(tags):
 def test_unknown_field_suggests_the_nearest():
     with pytest.raises(ValueError, match="'consistancy'.*allowed: set, think, direct, consistency, coherence, tags.*'consistency'"):
         PromptTemplates.from_dict({"consistancy": "{step1}"})
-    with pytest.raises(ValueError, match="unknown field 3"):
+    with pytest.raises(ValueError, match="prompts field: got 3"):
         PromptTemplates.from_dict({3: "{step1}"})
 
 

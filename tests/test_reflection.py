@@ -454,7 +454,7 @@ def test_a_model_judges_without_gradient_and_unchanged(random_judge, mode):
 def test_a_models_scores_leave_no_graph_behind(random_judge):
     import torch
     kept = []
-    forward = random_judge.model.register_forward_hook(lambda module, args, output: kept.append(output.logits))
+    forward = random_judge.model.lm_head.register_forward_hook(lambda module, args, output: kept.append(output))
     try:
         with torch.enable_grad(): reflect(BOOK, [X] * 4, random_judge)
     finally: forward.remove()

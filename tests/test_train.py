@@ -1,16 +1,24 @@
 """The configuration refuses what cannot work; a step is repeatable, cut-independent and on-policy; a run writes all of its folder or says what is missing."""
 import json
+import math
 from dataclasses import fields, replace
 
+import bitsandbytes
 import pytest
 import torch
 import yaml
+from policies import double_throughout, pictures_read
 
-from emo_r3.policy import completion_logps, load_policy, load_processor
+import emo_r3.train
+from emo_r3.groups import group_logps
+from emo_r3.policy import add_lora, completion_logps, load_policy, load_processor, unwrapped
+from emo_r3.prompts import set_messages
+from emo_r3.reflection import reflect
+from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.train import (TrainConfig, Trainer, batches, collect, make_config, number_of_steps, reward_weights, score_rollouts, train, train_step, update)
+from emo_r3.train import (TrainConfig, Trainer, batches, collect, make_config, number_of_steps, pieces, reward_weights, score_rollouts, train, train_step, update)
 
-SMALL = make_config(dict(policy="embedded", train_size=16, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, rows_per_forward=16, learning_rate=1e-4,
+SMALL = make_config(dict(policy="embedded", train_size=16, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, learning_rate=1e-4,
                          precision="fp32", min_pixels=None, max_pixels=None, eval_every=1, sample_every=1, max_steps=2, trackers=("tensorboard",)))
 
 
@@ -30,8 +38,9 @@ def weights_of(trainer): return torch.cat([p.detach().flatten() for p in trainer
     (dict(temperature="hot"), "temperature = 'hot'"), (dict(lambda_reflective=0.6, lambda_format=0.6), "lambda"), (dict(learning_rate=float("nan")), "learning_rate = nan"),
     (dict(metod="set"), "did you mean 'method'"), (dict(method="emo-r3"), "did you mean 'emo_r3'"), (dict(delta=0.9), "delta = 0.9"), (dict(prompts_per_update=100), "prompts_per_update = 100"),
     (dict(train_size=100), "train_size = 100"), (dict(templates={"sett": "x"}), "did you mean 'set'"), (dict(epochs=1.5), "epochs = 1.5"), (dict(beta=-1), "beta = -1"), (dict(max_steps=0), "max_steps = 0"),
-    (dict(num_generations=True), "num_generations = True"), (dict(rows_per_forward=4), "rows_per_forward = 4"), (dict(seed=2**32), "seed = 4294967296"), (dict(adam_betas=["a"]), "adam_betas"),
-    (dict(trackers=["tensorbord"]), "did you mean 'tensorboard'"), (dict(method="set", lambda_reflective=0.1), "lambda_reflective = 0.1"), (dict(freeze_vision="yes"), "freeze_vision = 'yes'"), (dict(min_pixels=100, max_pixels=10), "min_pixels = 100"),
+    (dict(num_generations=True), "num_generations = True"), (dict(tokens_per_forward=0), "tokens_per_forward = 0"), (dict(four_bit=True), "four_bit = True"), (dict(lora_rank=-1), "lora_rank = -1"), (dict(seed=2**32), "seed = 4294967296"), (dict(adam_betas=["a"]), "adam_betas"),
+    (dict(trackers=["tensorbord"]), "did you mean 'tensorboard'"), (dict(lr_schedule="liner"), "lr_schedule: got 'liner'; allowed: constant, linear, cosine; did you mean 'linear'"),
+    (dict(label_map=["joy"]), "label_map = "), (dict(method="set", lambda_reflective=0.1), "lambda_reflective = 0.1"), (dict(freeze_vision="yes"), "freeze_vision = 'yes'"), (dict(min_pixels=100, max_pixels=10), "min_pixels = 100"),
 ])
 def test_configurations_that_cannot_work(values, says):
     with pytest.raises(ValueError, match=says) as caught: make_config(values)
@@ -65,32 +74,147 @@ def test_a_step_is_repeatable_and_on_policy(processor, examples):
     assert torch.equal(a, b) and not torch.equal(a, weights_of(Trainer(SMALL, load_policy(), processor)))
     assert m["reward"] == n["reward"] and m["kl"] == 0 and m["sampling/sampling_logp_difference/max"] < 1e-5
     assert m["clip_ratio/region_mean"] == 0 and m["grad_norm"] > 0
-    assert (a - step(replace(SMALL, rows_per_forward=3, shared_prefix=False))[0]).abs().mean() < 1e-6  # Adam makes a step of 1e-4 of any gradient, rounding included
+    assert (a - step(replace(SMALL, tokens_per_forward=500, shared_prefix=False))[0]).abs().mean() < 1e-6  # Adam makes a step of 1e-4 of any gradient, rounding included
     assert not torch.equal(a, step(replace(SMALL, method="set"))[0])
 
 
+def gradient_of(experience, processor, pictures=4, **changes):
+    "What an update would teach, in double precision, without moving the weights."
+    trainer = Trainer(replace(SMALL, max_grad_norm=1e9, method="set", **changes), load_policy(dtype="float64"), processor)
+    trainer.optimizer.step = lambda: None
+    with double_throughout(): metrics = update(trainer, experience, torch.arange(pictures), None, None)
+    return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.requires_grad]), metrics
+
+
 def test_gradient_does_not_depend_on_how_an_update_is_cut(processor, examples):
-    "In double precision, gradients of all rows at once, in ragged pieces, with a shared prompt and without agree."
-    def gradient(rows_per_forward, shared_prefix=True):
-        trainer = Trainer(replace(SMALL, rows_per_forward=rows_per_forward, shared_prefix=shared_prefix, beta=0.0, method="set"), load_policy(dtype="float64"), processor)
-        experience = collect(trainer, examples[:4], 5, {})
-        trainer.optimizer.step = lambda: None
-        trainer.config = replace(trainer.config, max_grad_norm=1e9)
-        update(trainer, experience, torch.arange(4), None, None)
-        return torch.cat([p.grad.flatten() for p in trainer.policy.parameters() if p.grad is not None])
-    whole = gradient(16)
-    for rows, shared in ((4, True), (1, False), (5, False), (16, False)):
-        assert (gradient(rows, shared) - whole).norm() < 1e-6 * whole.norm(), (rows, shared)  # transformers' norms round to single precision
+    "All rows at once, whole groups, groups split in ragged parts, single rows; with a shared prompt and without."
+    experience = collect(Trainer(replace(SMALL, method="set"), load_policy(), processor), examples[:4], 5, {})
+    whole, _ = gradient_of(experience, processor, beta=0.0)
+    lengths, prompts = experience.rollouts.lengths, experience.rollouts.prompts.lengths
+    assert len(set(lengths.tolist())) > 1
+    for tokens, shared in ((400, True), (int(prompts[0] + lengths[:2].sum()), True), (1, True), (16_384, False), (350, False), (1, False)):
+        passes = list(pieces(experience.rollouts, torch.arange(4), replace(SMALL, tokens_per_forward=tokens, shared_prefix=shared)))
+        assert torch.cat(passes).tolist() == list(range(16)) and (len(passes) == 1) == (tokens > 9000)
+        cut, _ = gradient_of(experience, processor, beta=0.0, tokens_per_forward=tokens, shared_prefix=shared)
+        assert (cut - whole).norm() < 1e-10 * whole.norm(), (tokens, shared)
+    recomputed, _ = gradient_of(experience, processor, beta=0.0, gradient_checkpointing=True)
+    assert (recomputed - whole).norm() < 1e-10 * whole.norm()
+
+
+def with_dead_groups(experience, dead):
+    advantages = experience.advantages.clone()
+    advantages[dead] = 0.0
+    return replace(experience, advantages=advantages)
+
+
+def test_dead_groups_are_skipped_where_that_changes_nothing(processor, examples, monkeypatch):
+    "The tokens of dead groups still count in the division; with a KL penalty they teach, and are not skipped."
+    base = collect(Trainer(replace(SMALL, method="set"), load_policy(), processor), examples[:4], 5, {})
+    experience = with_dead_groups(replace(base, advantages=torch.linspace(-1, 1, 16).view(4, 4)), [0, 2])
+    rows = []
+    real = emo_r3.train.row_logps
+    monkeypatch.setattr(emo_r3.train, "row_logps", lambda model, rollouts, index, *a, **k: rows.extend(index.tolist()) or real(model, rollouts, index, *a, **k))
+    skipped, _ = gradient_of(experience, processor, beta=0.0)
+    assert rows == [*range(4, 8), *range(12, 16)]
+    barely_alive = replace(experience, advantages=torch.where(experience.advantages == 0, 1e-30, experience.advantages))
+    all_rows, _ = gradient_of(barely_alive, processor, beta=0.0)
+    assert rows[8:] == list(range(16)) and (skipped - all_rows).norm() < 1e-10 * all_rows.norm() and all_rows.norm() > 0
+    mask = base.rollouts.completion_mask.view(4, 4, -1)
+    narrow = skipped * mask.sum() / mask[[1, 3]].sum()  # what a division by the living tokens alone would give
+    assert (narrow - all_rows).norm() > 0.1 * all_rows.norm()
+    trainer = Trainer(replace(SMALL, method="set"), load_policy(), processor)
+    rows.clear()
+    update(trainer, experience, torch.arange(4), None, base.rollouts.logps)
+    assert rows == list(range(16))
+
+
+def test_an_update_of_dead_groups_alone_is_still_one_to_adamw(processor, examples):
+    "Momentum and weight decay go on, as if a gradient of zeros had been computed."
+    trainer = Trainer(replace(SMALL, beta=0.0, method="set", learning_rate=1e-3), load_policy(), processor)
+    experience = collect(trainer, examples[:4], 5, {})
+    update(trainer, experience, torch.arange(4), None, None)
+    weight = trainer.policy.model.language_model.layers[0].mlp.up_proj.weight
+    before, state = weight.detach().clone(), trainer.optimizer.state[weight]["exp_avg"].clone()
+    metrics = update(trainer, with_dead_groups(experience, [0, 1, 2, 3]), torch.arange(4), None, None)
+    assert metrics["grad_norm"] == 0 and metrics["loss"] == 0 and "entropy" not in metrics
+    assert torch.allclose(trainer.optimizer.state[weight]["exp_avg"], state * 0.9) and not torch.equal(before, weight)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_an_adapter_learns_and_is_its_own_reference(processor, examples, four_bit):
+    policy = add_lora(load_policy(four_bit=four_bit), rank=4, alpha=8)
+    base = {n: p.detach().clone() for n, p in policy.named_parameters() if "lora_" not in n}
+    trainer = Trainer(replace(SMALL, lora_rank=4, four_bit=four_bit, learning_rate=1e-2, judge="reference"), policy, processor)
+    assert trainer.reference is policy
+    first, m = train_step(trainer, examples[:4], seed=5)
+    assert m["kl"] == 0 and m["grad_norm"] > 0 and m["sampling/sampling_logp_difference/max"] < 2e-5
+    second, m = train_step(trainer, examples[:4], seed=6)
+    assert m["kl"] > 0 and all(torch.equal(base[n], p) for n, p in policy.named_parameters() if n in base)
+    start = Trainer(replace(SMALL, judge="reference"), load_policy(four_bit=four_bit), processor)  # a copy of the base would judge alike
+    repeated = [x for x in second.examples for _ in range(4)]
+    assert [v.p_yes for v in second.verdicts] == pytest.approx([v.p_yes for v in reflect(second.completions, repeated, start.judge, start.weights)], abs=1e-5)
+
+
+def test_four_bit_weights_pass_their_gradient_on(processor, examples):
+    "The gradient of an adapter below four-bit layers is that of the same weights written out; some CPUs' inference kernels would cut it off."
+    packed = add_lora(load_policy(four_bit=True), rank=4, alpha=8)
+    with torch.no_grad(): PolicySampler(packed, processor).sample([set_messages("Which?", examples[0].image)], 1, 2)  # an inference comes first
+    whole = load_policy()
+    quantised = {n: m.base_layer for n, m in unwrapped(packed).model.language_model.named_modules() if hasattr(m, "base_layer")}
+    for name, layer in quantised.items():
+        whole.model.language_model.get_submodule(name).weight.data = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.float32)
+    whole = add_lora(whole, rank=4, alpha=8)
+    experience = collect(Trainer(replace(SMALL, method="set"), load_policy(), processor), examples[:2], 5, {})
+    grads = []
+    for model in (packed, whole):
+        with torch.no_grad():
+            for n, p in model.named_parameters():
+                if "lora_B" in n: p.fill_(0.01)
+        (group_logps(model, *experience.rollouts.packed(torch.arange(8))) * torch.linspace(-1, 1, 8)[:, None]).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_" in n]))
+    assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
+
+
+def test_each_picture_is_encoded_once_a_step_where_the_tower_is_frozen(processor, examples):
+    for freeze, expected in ((True, 4), (False, 12)):  # else once to look at, once to learn from, once by the reference
+        trainer = Trainer(replace(SMALL, freeze_vision=freeze), load_policy(), processor)
+        with pictures_read(trainer.policy) as seen, pictures_read(trainer.reference) as by_reference:
+            train_step(trainer, examples[:4], seed=5)
+            assert len(seen) + len(by_reference) == expected, freeze
+            if freeze:
+                train_step(trainer, examples[:4], seed=6)
+                assert len(seen) == 4  # nor again in a later epoch
+    assert not trainer.pictures.kept  # what a tower saw before it learned is forgotten
 
 
 def test_several_updates_reuse_the_rollouts_of_one_policy(processor, examples):
     config = replace(SMALL, prompts_per_update=2, epochs_per_step=2, learning_rate=1e-3)
     trainer = Trainer(config, load_policy(), processor)
-    steps, real = [], trainer.optimizer.step
-    trainer.optimizer.step = lambda: (steps.append(1), real())
+    steps = []
+    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(1))
     _, metrics = train_step(trainer, examples[:4], seed=5)
     assert len(steps) == 4 and metrics["kl"] > 0  # the later updates have left the reference
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-5  # the old policy is the one that sampled
+
+
+def test_the_rate_follows_its_schedule_update_by_update(processor, examples):
+    "What is reported is what the step's last update used; the weights move accordingly."
+    config = replace(SMALL, prompts_per_update=2, epochs_per_step=2, learning_rate=1e-3, method="set", beta=0.0)
+    with pytest.raises(ValueError, match="updates = None; allowed with lr_schedule = 'cosine'"): Trainer(replace(config, lr_schedule="cosine"), load_policy(), processor)
+    expected = {"constant": [1e-3] * 8, "linear": [1e-3 * (1 - u / 8) for u in range(8)], "cosine": [5e-4 * (1 + math.cos(math.pi * u / 8)) for u in range(8)]}
+    for schedule, rates in expected.items():
+        trainer, used = Trainer(replace(config, lr_schedule=schedule), load_policy(), processor, updates=8), []
+        trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+        reported = [train_step(trainer, examples[:4], seed=s)[1]["learning_rate"] for s in range(2)]
+        assert used == pytest.approx(rates) and reported == pytest.approx([rates[3], rates[7]]), schedule
+
+
+def test_a_run_counts_its_updates(processor, examples, tmp_path):
+    config = replace(SMALL, prompts_per_update=2, epochs_per_step=2, learning_rate=1e-4, lr_schedule="linear", max_steps=3, method="grpo", trackers=(), sample_every=0)
+    summary = train(config, load_policy(), processor, examples, tmp_path / "run", conclude=lambda: {"comparison": {"n": 4}})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["learning_rate"] for r in rows] == pytest.approx([1e-4 * (1 - u / 12) for u in (3, 7, 11)])
+    assert summary["comparison"] == {"n": 4} and summary == json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
 def test_reference_never_moves_and_judges_where_asked(processor, examples):
