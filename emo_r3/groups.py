@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'LOGITS_AT_ONCE', 'GroupBatch', 'prompt_positions', 'pack_g
            'text_model', 'encode_pictures', 'PictureFeatures', 'forward_packed', 'predicting_slots', 'group_logps',
            'cut_groups', 'checkpointed']
 
-# %% ../nbs/09_groups.ipynb #cc694cf7
+# %% ../nbs/09_groups.ipynb #79a056ec
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .policy import Picture, Prompts, logits_to_logps, unwrapped
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/09_groups.ipynb #cb2d52ac
+# %% ../nbs/09_groups.ipynb #1a22fef8
 @dataclass(frozen=True)
 class GroupBatch:
     "K prompts, each once, and the N completions that follow them, as one row of S tokens."
@@ -39,7 +39,7 @@ class GroupBatch:
 
     def to(self, device: torch.device) -> "GroupBatch": return GroupBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
-# %% ../nbs/09_groups.ipynb #5225cb6d
+# %% ../nbs/09_groups.ipynb #73094f86
 def prompt_positions(model: PreTrainedModel, # whose M-RoPE it is
                      ids: torch.Tensor, # (P,): one prompt
                      picture: Picture | None, # that it shows
@@ -64,17 +64,18 @@ def pack_groups(model: PreTrainedModel, # whose M-RoPE it is
                 completion_ids: torch.Tensor, # (N, T), right-padded
                 completion_mask: torch.Tensor, # (N, T): 1 on the completion
                ) -> GroupBatch:
-    "Returns prompts and completions as one row; raises ValueError for a completion without a prompt."
+    "Returns prompts and completions as one row; raises ValueError for a completion without a prompt, and for one that holds an image token."
     if len(prompt_of) != len(completion_ids) or (len(prompt_of) and not 0 <= int(prompt_of.min()) <= int(prompt_of.max()) < len(prompts)):
         raise ValueError(f"prompt_of = {prompt_of.tolist()}: allowed: for each of {len(completion_ids)} completions a prompt from 0 to {len(prompts) - 1}")
+    real = completion_mask.bool()
+    if (completion_ids[real] == prompts.image_token_id).any(): raise ValueError(f"completion_ids: an image token, {prompts.image_token_id}, stands in a completion; allowed: text (a sampler must never draw it)")
     placed = [prompt_positions(model, ids, None if p is None else prompts.pictures[p]) for ids, p in zip(prompts.ids, prompts.picture_of)]
     following = torch.stack([p.max() + 1 for p in placed])  # (K,)
-    real = completion_mask.bool()
     after = (following[prompt_of][:, None] + torch.arange(completion_ids.shape[1]))[real].expand(3, -1)  # (3, all completion tokens)
     return GroupBatch(torch.cat([*prompts.ids, completion_ids[real]]), torch.cat([*placed, after], 1), _slots(prompts.lengths, 0),
                       _slots(real.sum(1), int(prompts.lengths.sum())), prompt_of, following)
 
-# %% ../nbs/09_groups.ipynb #9aca99d4
+# %% ../nbs/09_groups.ipynb #b523a470
 class PackedAttention:
     "What may be seen in a packed row, for `shared_attention`."
     def __init__(self, batch: GroupBatch):
@@ -101,7 +102,7 @@ class PackedAttention:
             out.append(read.transpose(1, 2)[self.completion_real])
         return torch.cat(out)[None]
 
-# %% ../nbs/09_groups.ipynb #0589907f
+# %% ../nbs/09_groups.ipynb #24080d65
 SHARED = "emo_r3_shared"
 
 
@@ -132,7 +133,7 @@ def text_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     text.config._attn_implementation = SHARED
     return text
 
-# %% ../nbs/09_groups.ipynb #981e71cc
+# %% ../nbs/09_groups.ipynb #79719dd1
 def encode_pictures(model: "PreTrainedModel | PeftModel", # whose vision tower
                     pictures: Sequence[Picture], # D
                    ) -> list[torch.Tensor]: # D, each (tokens, hidden)
@@ -161,7 +162,7 @@ class PictureFeatures:
 
     def clear(self) -> None: self.kept.clear()
 
-# %% ../nbs/09_groups.ipynb #2acc83b2
+# %% ../nbs/09_groups.ipynb #a7df39dc
 def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
                    batch: GroupBatch, # S tokens
                    prompts: Prompts, # that were packed
@@ -176,7 +177,7 @@ def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
     return text(inputs_embeds=embeds[None], position_ids=batch.position_ids[:, None], attention_mask={"full_attention": PackedAttention(batch)},
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
 
-# %% ../nbs/09_groups.ipynb #a51bc9fb
+# %% ../nbs/09_groups.ipynb #6ed7a1ad
 LOGITS_AT_ONCE = 2**27  # numbers; 0.5 GB in single precision
 
 
@@ -195,7 +196,7 @@ def _chunked_head(model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tenso
     if len(ids) <= size: return head(hidden, ids)
     return tuple(map(torch.cat, zip(*(checkpoint(head, h, i, use_reentrant=False) for h, i in zip(hidden.split(size), ids.split(size))))))
 
-# %% ../nbs/09_groups.ipynb #ba39b391
+# %% ../nbs/09_groups.ipynb #ce1ff9dc
 def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: full, LoRA, 4-bit
                 prompts: Prompts, # K
                 prompt_of: torch.Tensor, # (N,): which prompt each completion follows
@@ -213,7 +214,7 @@ def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: f
     spread = [v.new_zeros(completion_ids.shape).masked_scatter(completion_mask.bool().to(v.device), v) for v in values]
     return tuple(spread) if with_entropy else spread[0]
 
-# %% ../nbs/09_groups.ipynb #ffd99edb
+# %% ../nbs/09_groups.ipynb #d9bb3084
 def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
                completion_tokens: Sequence[int], # (N,): length of each completion
                prompt_of: Sequence[int], # (N,): which prompt it follows; a prompt's completions stand together
@@ -229,7 +230,7 @@ def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
         row, prompts, size = [*row, i], prompts | {k}, size + more
     if row: yield row
 
-# %% ../nbs/09_groups.ipynb #4cb5483e
+# %% ../nbs/09_groups.ipynb #d44c7561
 @contextmanager
 def checkpointed(model: "PreTrainedModel | PeftModel", # the policy
                  on: bool = True, # False: nothing is done

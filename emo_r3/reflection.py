@@ -6,7 +6,7 @@
 __all__ = ['YES_NO', 'MODES', 'Judge', 'ReflectionVerdict', 'score_verdict', 'written_verdict', 'reflected_steps', 'reflect',
            'judge_accuracy']
 
-# %% ../nbs/05_reflection.ipynb #4d71e607
+# %% ../nbs/05_reflection.ipynb #aed9b397
 import math
 import reprlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from .prompts import DEFAULT_TEMPLATES, Messages, PromptTemplates, coherence_mes
 from .rewards import RewardWeights, coherence_reward, consistency_reward, format_reward, parse_coherence, parse_consistency
 from .scenes import is_grounded
 
-# %% ../nbs/05_reflection.ipynb #46cd4ff9
+# %% ../nbs/05_reflection.ipynb #d3493d2f
 class Judge(Protocol):
     "Whoever answers reflection questions: the current policy, a frozen reference, an inference engine, a stub. Never with gradient."
 
@@ -31,7 +31,7 @@ class Judge(Protocol):
         "For each question one written answer."
         ...
 
-# %% ../nbs/05_reflection.ipynb #466fce72
+# %% ../nbs/05_reflection.ipynb #c3ff14ac
 @dataclass(frozen=True)
 class ReflectionVerdict:
     "What reflection found out about one completion."
@@ -48,7 +48,7 @@ class ReflectionVerdict:
         "Whether a judge was asked at all; malformed completions are not asked about."
         return self.p_yes is not None or self.written is not None
 
-# %% ../nbs/05_reflection.ipynb #8f0abccf
+# %% ../nbs/05_reflection.ipynb #16e59b64
 def _shares(
     logps: Sequence[float],  # of each answer, nats
 ) -> tuple[float, ...]:
@@ -57,7 +57,7 @@ def _shares(
     parts = [math.exp(l - top) for l in logps]  # the largest is 1, so nothing overflows
     return tuple(p / sum(parts) for p in parts)
 
-# %% ../nbs/05_reflection.ipynb #c7118bc8
+# %% ../nbs/05_reflection.ipynb #49a10e03
 def _leader(
     answers: Sequence[str],  # what could be answered
     logps: Sequence[float],  # of each answer, nats
@@ -67,7 +67,7 @@ def _leader(
     leading = [a for a, l in zip(answers, logps) if l == best]
     return leading[0] if len(leading) == 1 else None
 
-# %% ../nbs/05_reflection.ipynb #ecd01fcf
+# %% ../nbs/05_reflection.ipynb #f7c44528
 YES_NO = ("Yes", "No")  # what may be answered to the consistency question
 
 
@@ -85,7 +85,7 @@ def score_verdict(
         coherence=coherence_reward(felt, example.label, weights),
         consistency_answer=said, coherence_answer=felt, p_yes=_shares(yes_no)[0], label_probs=_shares(labels))
 
-# %% ../nbs/05_reflection.ipynb #2807228e
+# %% ../nbs/05_reflection.ipynb #3a1c60fe
 def written_verdict(
     about_image: str,  # the written answer to the consistency question
     about_text: str,  # the written answer to the coherence question
@@ -99,7 +99,7 @@ def written_verdict(
         consistency=consistency_reward(said, weights), coherence=coherence_reward(felt, example.label, weights),
         consistency_answer=None if said is None else YES_NO[0] if said else YES_NO[1], coherence_answer=felt, written=(about_image, about_text))
 
-# %% ../nbs/05_reflection.ipynb #08a4e818
+# %% ../nbs/05_reflection.ipynb #ed5f929e
 def reflected_steps(
     completion: SETCompletion,  # a parsed completion
     weights: RewardWeights = RewardWeights(),
@@ -109,7 +109,7 @@ def reflected_steps(
     malformed = format_reward(completion, weights) == 0 or first is None or second is None
     return None if malformed else (first, second)
 
-# %% ../nbs/05_reflection.ipynb #163ec676
+# %% ../nbs/05_reflection.ipynb #e5ad9cdf
 def _questions(
     steps: Sequence[tuple[str, str]],  # n pairs from `reflected_steps`
     examples: Sequence[EmotionExample],  # n, the example of each
@@ -124,7 +124,7 @@ def _questions(
     coherence = [coherence_messages(first, second, x.label_set, templates) for (first, second), x in zip(steps, examples)]
     return consistency, coherence
 
-# %% ../nbs/05_reflection.ipynb #4ec4bf15
+# %% ../nbs/05_reflection.ipynb #d56fbf3c
 def _checked_scores(
     judge: Judge,  # named in errors
     came: object,  # what its `score` returned
@@ -147,7 +147,7 @@ def _checked_scores(
                 raise ValueError(f"{who}: {name}: the log-probability of {option!r} is {value}; allowed: finite numbers")
     return rows
 
-# %% ../nbs/05_reflection.ipynb #9619c4b6
+# %% ../nbs/05_reflection.ipynb #a16673c1
 def _question_key(messages: Messages, answers: Sequence[str]) -> tuple:
     parts = messages[0]["content"]
     return (*(id(part["image"]) if part["type"] == "image" else part["text"] for part in parts), tuple(answers))
@@ -170,7 +170,7 @@ def _score_each_once(
     rows = dict(zip(first, _checked_scores(judge, came, options, [about[i] for i in chosen])))
     return [rows[key] for key in keys]
 
-# %% ../nbs/05_reflection.ipynb #2276a5b5
+# %% ../nbs/05_reflection.ipynb #d78fe293
 def _write_each(
     judge: Judge,
     questions: Sequence[Messages],  # n questions
@@ -185,7 +185,7 @@ def _write_each(
             raise ValueError(f"{who}: {name}: got {reprlib.repr(text)}; expected a text")
     return list(came)
 
-# %% ../nbs/05_reflection.ipynb #366e3ece
+# %% ../nbs/05_reflection.ipynb #5793a472
 MODES = ("score", "generate")
 
 
@@ -197,7 +197,7 @@ def _check_reflect(completions, examples, judge, mode) -> None:
     if not callable(getattr(judge, mode, None)):
         raise ValueError(f"judge: {type(judge).__name__} has no method {mode!r}, which mode = {mode!r} needs")
 
-# %% ../nbs/05_reflection.ipynb #21819de7
+# %% ../nbs/05_reflection.ipynb #a812601b
 def _verdicts(judge: Judge, mode: str, questions: tuple[list[Messages], list[Messages]], examples: Sequence[EmotionExample],
               names: Sequence[str], weights: RewardWeights) -> list[ReflectionVerdict]:
     "A verdict for each pair of questions; n of everything, n > 0."
@@ -209,7 +209,7 @@ def _verdicts(judge: Judge, mode: str, questions: tuple[list[Messages], list[Mes
     said, felt = (_score_each_once(judge, q, o, a) for q, o, a in zip(questions, answers, about))
     return [score_verdict(s, f, x, weights) for s, f, x in zip(said, felt, examples)]
 
-# %% ../nbs/05_reflection.ipynb #5b3952a7
+# %% ../nbs/05_reflection.ipynb #de52c7ce
 def reflect(
     completions: Sequence[SETCompletion],  # N parsed completions
     examples: Sequence[EmotionExample],  # N, the example of each; a group's example is repeated
@@ -229,7 +229,7 @@ def reflect(
     unasked = ReflectionVerdict(weights.unparseable, weights.unparseable)
     return [found.get(i, unasked) for i in range(len(completions))]
 
-# %% ../nbs/05_reflection.ipynb #d819495b
+# %% ../nbs/05_reflection.ipynb #be22edb9
 def judge_accuracy(
     verdicts: Sequence[ReflectionVerdict],  # N, from `reflect`
     completions: Sequence[SETCompletion],  # N, what they are about

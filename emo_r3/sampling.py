@@ -7,7 +7,7 @@ __all__ = ['Rollouts', 'Sampler', 'check_sampling', 'end_tokens', 'Prefix', 'pre
            'PolicySampler', 'share_beginnings', 'next_token_logps', 'plain_next_token_logps', 'score_answers',
            'PolicyJudge']
 
-# %% ../nbs/10_sampling.ipynb #976fc96b
+# %% ../nbs/10_sampling.ipynb #6a7f5353
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/10_sampling.ipynb #99a11b32
+# %% ../nbs/10_sampling.ipynb #1fd9f56d
 @dataclass(frozen=True)
 class Rollouts:
     "G completions for each of B prompts; row i belongs to prompt i // G."
@@ -55,12 +55,12 @@ class Rollouts:
         prompts, prompt_of = (index // self.num_generations).unique(return_inverse=True)
         return self.prompts.take(prompts), prompt_of, *self.completions(index)
 
-# %% ../nbs/10_sampling.ipynb #186ff31c
+# %% ../nbs/10_sampling.ipynb #4e732cdf
 class Sampler(Protocol):
     "Whatever can draw completions: the policy itself here, an inference engine elsewhere."
     def sample(self, messages: Sequence[Messages], num_generations: int, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None) -> Rollouts: ...
 
-# %% ../nbs/10_sampling.ipynb #795eae66
+# %% ../nbs/10_sampling.ipynb #7a03e9f8
 class _ChosenLogps(LogitsProcessor):
     "Notes the log-probability of every chosen token, one step behind `generate`."
     def __init__(self): self.previous, self.columns = None, []
@@ -76,7 +76,7 @@ class _ChosenLogps(LogitsProcessor):
         self.note(last)
         return torch.stack(self.columns, 1)
 
-# %% ../nbs/10_sampling.ipynb #8e558d6c
+# %% ../nbs/10_sampling.ipynb #1531cafe
 def check_sampling(temperature: float, # of the sampling; 0 is greedy
                    num_generations: int, # G
                    max_new_tokens: int, # longest completion, tokens
@@ -86,14 +86,14 @@ def check_sampling(temperature: float, # of the sampling; 0 is greedy
     if num_generations < 1: raise ValueError(f"num_generations = {num_generations}; allowed: 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens = {max_new_tokens}; allowed: 1 or more")
 
-# %% ../nbs/10_sampling.ipynb #0c884b62
+# %% ../nbs/10_sampling.ipynb #dce210e0
 def end_tokens(model: PreTrainedModel, processor: VLProcessor) -> list[int]:
     "Returns the ids that end a completion: the tokenizer's end token and those of the model's generation settings."
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({processor.tokenizer.eos_token_id, *configured})
 
-# %% ../nbs/10_sampling.ipynb #ed374ede
+# %% ../nbs/10_sampling.ipynb #3ad5be02
 @torch.no_grad()
 def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows: dict[str, torch.Tensor], max_new_tokens: int, temperature: float,
               seed: int | None, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +109,7 @@ def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows
     ids = out[:, rows["input_ids"].shape[1]:]
     return ids, noted.finish(ids[:, -1])
 
-# %% ../nbs/10_sampling.ipynb #4cd6b1fd
+# %% ../nbs/10_sampling.ipynb #26ad6972
 @dataclass(frozen=True)
 class Prefix:
     "What the text model remembers of K prompts."
@@ -132,7 +132,7 @@ def prefill(model: "PreTrainedModel | PeftModel", # the policy
     per_prompt = lambda x: x[0][:, slots].transpose(0, 1)  # (K, key heads, P, d)
     return Prefix([per_prompt(l.keys) for l in cache.layers], [per_prompt(l.values) for l in cache.layers], real, batch.next_position, hidden[batch.prompt_slots.max(1).values])
 
-# %% ../nbs/10_sampling.ipynb #3cc2481b
+# %% ../nbs/10_sampling.ipynb #19f56057
 class DecodeAttention:
     "Lets one new token of each unfinished completion see its prompt and its own past."
     def __init__(self, prefix: Prefix, # of K prompts
@@ -158,7 +158,7 @@ class DecodeAttention:
         weights = torch.cat([unstacked(seen), q @ k.transpose(2, 3)], 3).float().softmax(-1).to(q.dtype)  # (n, h, r, P + t)
         return (unstacked(stacked(weights[..., :P].contiguous()) @ values) + weights[..., P:] @ v).reshape(-1, 1, h * r, d)
 
-# %% ../nbs/10_sampling.ipynb #28f37bac
+# %% ../nbs/10_sampling.ipynb #9f9b81ee
 @torch.no_grad()
 def _decode(model: "PreTrainedModel | PeftModel", prompts: Prompts, num_generations: int, max_new_tokens: int, temperature: float, ends: list[int],
             seed: int | None, top_p: float, features: PictureFeatures | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +192,7 @@ def _draw(scores: torch.Tensor, alive: torch.Tensor, rows: int, temperature: flo
     everyone = scores.new_ones(rows, scores.shape[1]).index_copy(0, alive, scores.softmax(-1))  # (rows, V)
     return torch.multinomial(everyone, 1)[alive, 0]
 
-# %% ../nbs/10_sampling.ipynb #d9a9e723
+# %% ../nbs/10_sampling.ipynb #027b6684
 def mask_after_end(completion_ids: torch.Tensor, # (N, T)
                    ends: list[int], # ids that end a completion
                   ) -> torch.Tensor: # (N, T), int64
@@ -200,7 +200,7 @@ def mask_after_end(completion_ids: torch.Tensor, # (N, T)
     is_end = torch.isin(completion_ids, torch.tensor(ends, device=completion_ids.device))
     return ((is_end.cumsum(1) - is_end.long()) == 0).long()
 
-# %% ../nbs/10_sampling.ipynb #53b7eb96
+# %% ../nbs/10_sampling.ipynb #0713d135
 class PolicySampler:
     "Draws completions from a policy."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the policy, or a frozen reference
@@ -240,14 +240,14 @@ class PolicySampler:
         repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(num_generations)).padded()
         return _generate(self.model, self.processor, repeated, max_new_tokens, temperature, seed, top_p)
 
-# %% ../nbs/10_sampling.ipynb #12e5f555
+# %% ../nbs/10_sampling.ipynb #fdf7bb43
 def _answer_ids(processor: VLProcessor, answers: Sequence[str]) -> list[list[int]]:
     "Returns each answer's token ids; raises ValueError for an answer without tokens."
     ids = [processor.tokenizer.encode(a, add_special_tokens=False) for a in answers]
     if not all(ids): raise ValueError(f"answers {list(answers)!r}: an answer is empty; allowed: texts of at least one token")
     return ids
 
-# %% ../nbs/10_sampling.ipynb #a751b49f
+# %% ../nbs/10_sampling.ipynb #fa7fdb90
 def share_beginnings(prompts: Prompts, # N questions
                     ) -> tuple[Prompts, torch.Tensor, torch.Tensor, torch.Tensor]: # K beginnings; (N,) which one a question has; its other tokens and their mask, (N, T) each
     "Returns the questions as groups: for each picture, and for all without one, the longest common beginning, and what follows it."
@@ -266,7 +266,7 @@ def share_beginnings(prompts: Prompts, # N questions
     beginnings = Prompts(tuple(h for h, _ in heads), prompts.pictures, tuple(p for _, p in heads), prompts.image_token_id, prompts.pad_token_id)
     return beginnings, torch.tensor(head_of), tail, mask
 
-# %% ../nbs/10_sampling.ipynb #ba6943b1
+# %% ../nbs/10_sampling.ipynb #7576ac27
 def _last_logps(model: "PreTrainedModel | PeftModel", hidden: torch.Tensor) -> torch.Tensor: # (n, V), on the CPU
     "Returns the distribution of the token after each hidden state, banned tokens left out."
     scores = unwrapped(model).lm_head(hidden).float()
@@ -304,7 +304,7 @@ def plain_next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
         parts.append(_last_logps(model, unwrapped(model).model(**rows, use_cache=False).last_hidden_state[:, -1]))
     return torch.cat(parts)
 
-# %% ../nbs/10_sampling.ipynb #4e0a3d2e
+# %% ../nbs/10_sampling.ipynb #63619439
 @torch.no_grad()
 def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
                   processor: VLProcessor, # its processor
@@ -330,7 +330,7 @@ def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
         for q, value in zip(question[part].tolist(), logps.sum(1).tolist()): scores[q].append(value)
     return scores
 
-# %% ../nbs/10_sampling.ipynb #ecfa551e
+# %% ../nbs/10_sampling.ipynb #08ec0368
 class PolicyJudge:
     "Answers reflection questions with a model's present weights; never with gradient."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the current policy (the paper's choice) or a frozen reference

@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'SCHEDULES', 'Evaluati
            'batches', 'step_seed', 'number_of_steps', 'group_record', 'write_sample', 'check_run_folder',
            'open_run_folder', 'append_metrics', 'eval_metrics', 'write_summary', 'train']
 
-# %% ../nbs/12_train.ipynb #ae099195
+# %% ../nbs/12_train.ipynb #c06ba273
 import hashlib
 import json
 import math
@@ -39,7 +39,7 @@ from .rewards import RewardRecord, RewardWeights, reward_completion
 from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
 
-# %% ../nbs/12_train.ipynb #31a6e48a
+# %% ../nbs/12_train.ipynb #e80aa513
 def knob(default, # the value, or a function that makes it
          help: str, # what it does, with its unit
          source: str, # where the default comes from
@@ -48,7 +48,7 @@ def knob(default, # the value, or a function that makes it
     how = {"default_factory": default} if callable(default) else {"default": default}
     return field(**how, metadata={"help": help, "source": source})
 
-# %% ../nbs/12_train.ipynb #f399dbbc
+# %% ../nbs/12_train.ipynb #8650e71d
 @dataclass(frozen=True)
 class TrainConfig:
     "Every choice of a run; raises ValueError, naming field, value and what is allowed."
@@ -111,7 +111,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/12_train.ipynb #c587a852
+# %% ../nbs/12_train.ipynb #b1f1b546
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
            "reflection": ("score", "generate"), "lr_schedule": ("constant", "linear", "cosine"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
@@ -148,7 +148,7 @@ def check_config(config: "TrainConfig") -> None:
         if not isinstance(getattr(config, name), Mapping): complain(name, f"a mapping from {what}")
     reward_weights(config), PromptTemplates.from_dict(config.templates)
 
-# %% ../nbs/12_train.ipynb #49381706
+# %% ../nbs/12_train.ipynb #f46392c8
 def reward_weights(config: TrainConfig) -> RewardWeights:
     "Returns the reward rules of a run: the method's under its preset, with the weights that the configuration replaces."
     weights = RewardWeights.for_method(config.method, config.preset)
@@ -163,11 +163,13 @@ def make_config(values: Mapping, # field names and values, as a recipe gives the
                ) -> TrainConfig:
     "Returns the configuration; an unknown name is a ValueError that suggests the nearest."
     known = [f.name for f in fields(TrainConfig)]
+    for name in ("top_p", "top_k"):
+        if name in values: raise ValueError(f"{where}: {name} = {values[name]!r}; allowed: no such field, for completions that train are drawn from the whole distribution: the log-probabilities in the loss are not those of a nucleus")
     for name in values:
         if name not in known: raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
-# %% ../nbs/12_train.ipynb #14c1bb22
+# %% ../nbs/12_train.ipynb #bc7e6877
 def score_completions(completions: Sequence[SETCompletion], # N
                       examples: Sequence[EmotionExample], # N, each repeated for its group
                       verdicts: Sequence[ReflectionVerdict] | None, # N, or None where the method does not reflect
@@ -178,7 +180,7 @@ def score_completions(completions: Sequence[SETCompletion], # N
     return [reward_completion(c, x.label, x.label_set, weights, **({} if v is None else {"consistency": v.consistency, "coherence": v.coherence}))
             for c, x, v in zip(completions, examples, judged)]
 
-# %% ../nbs/12_train.ipynb #f396a743
+# %% ../nbs/12_train.ipynb #43f80a21
 @dataclass(frozen=True)
 class Experience:
     "One step's rollouts with everything that was made of them; N = B * G, row i belongs to picture i // G."
@@ -192,7 +194,7 @@ class Experience:
     @property
     def overall(self) -> torch.Tensor: return torch.tensor([r.overall for r in self.rewards]).view(self.advantages.shape)  # (B, G)
 
-# %% ../nbs/12_train.ipynb #6a8d8d68
+# %% ../nbs/12_train.ipynb #f5c51554
 def pieces(rollouts: Rollouts, # a step's
            pictures: torch.Tensor, # (b,): whose completions
            config: TrainConfig, # tokens_per_forward and shared_prefix
@@ -229,7 +231,7 @@ def score_rollouts(model: PreTrainedModel, # the policy, or its reference
         out[rows, :mask.shape[1]] = row_logps(model, rollouts, rows, config, features).cpu() * mask
     return out
 
-# %% ../nbs/12_train.ipynb #d9921b56
+# %% ../nbs/12_train.ipynb #e60462b8
 SCHEDULES = {"constant": lambda optimizer, updates: ConstantLR(optimizer, 1.0), "linear": lambda optimizer, updates: LinearLR(optimizer, 1.0, 0.0, updates),
              "cosine": lambda optimizer, updates: CosineAnnealingLR(optimizer, updates)}
 
@@ -268,7 +270,7 @@ class Trainer:
 
     def autocast(self): return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-# %% ../nbs/12_train.ipynb #a7fe713f
+# %% ../nbs/12_train.ipynb #4f192a16
 def update(trainer: Trainer, # holds policy and optimizer
            experience: Experience, # the step's rollouts and advantages
            pictures: torch.Tensor, # (b,): whose groups this update takes
@@ -305,7 +307,7 @@ def update(trainer: Trainer, # holds policy and optimizer
     trainer.learned()
     return metrics | {"grad_norm": norm, "sampling/sampling_logp_difference/max": gap}
 
-# %% ../nbs/12_train.ipynb #95e75e87
+# %% ../nbs/12_train.ipynb #f9e9e2e4
 def collect(trainer: Trainer, # the run's state
             examples: Sequence[EmotionExample], # B pictures
             seed: int, # of the sampling
@@ -327,7 +329,7 @@ def collect(trainer: Trainer, # the run's state
     advantages = group_advantages(overall, trainer.weights.std, trainer.weights.eps)
     return Experience(tuple(examples), rollouts, tuple(completions), verdicts, tuple(rewards), advantages)
 
-# %% ../nbs/12_train.ipynb #61a4cb1b
+# %% ../nbs/12_train.ipynb #efc38d82
 def train_step(trainer: Trainer, # the run's state; its policy and optimizer change
                examples: Sequence[EmotionExample], # B pictures
                seed: int, # of the sampling
@@ -351,7 +353,7 @@ def train_step(trainer: Trainer, # the run's state; its policy and optimizer cha
     mean["learning_rate"] = updates[-1]["learning_rate"]
     return experience, experience_metrics(experience) | mean | timing | throughput(experience, timing["step_time"])
 
-# %% ../nbs/12_train.ipynb #f5049c78
+# %% ../nbs/12_train.ipynb #8c3bdc9e
 def experience_metrics(experience: Experience) -> dict[str, float]:
     "Returns the metrics of sampling and rewards."
     overall, rollouts = experience.overall, experience.rollouts
@@ -380,7 +382,7 @@ def throughput(experience: Experience, seconds: float) -> dict[str, float]:
     "Returns completion tokens and completions a second of a step."
     return {"perf/tokens_per_s": experience.rollouts.lengths.sum().item() / seconds, "perf/rollouts_per_s": len(experience.completions) / seconds}
 
-# %% ../nbs/12_train.ipynb #06643f1c
+# %% ../nbs/12_train.ipynb #9e7eb035
 def batches(n: int, # training pictures
             size: int, # pictures a step
             epochs: int, # passes
@@ -402,7 +404,7 @@ def number_of_steps(config: TrainConfig, n: int) -> int:
     by_epochs = config.epochs * (n // config.prompts_per_step)
     return min(by_epochs, config.max_steps or by_epochs)
 
-# %% ../nbs/12_train.ipynb #228dfa03
+# %% ../nbs/12_train.ipynb #ca15013a
 def group_record(experience: Experience, b: int, picture: str) -> dict:
     "Returns all about one picture's group as plain JSON."
     x, G, out = experience.examples[b], experience.rollouts.num_generations, []
@@ -430,7 +432,7 @@ def write_sample(folder: Path, # the run's samples/ folder
     target.write_text(json.dumps({"step": step, "groups": records}, indent=1, ensure_ascii=False), encoding="utf-8")
     return target
 
-# %% ../nbs/12_train.ipynb #669199ae
+# %% ../nbs/12_train.ipynb #33fed769
 def check_run_folder(output_dir: str | Path) -> Path:
     "Returns the path of a run's folder; raises ValueError if something is there already."
     folder = Path(output_dir)
@@ -454,7 +456,7 @@ def append_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> Non
     "Adds one line to metrics.jsonl."
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-# %% ../nbs/12_train.ipynb #9cb119a6
+# %% ../nbs/12_train.ipynb #bf76d88a
 Evaluation = Callable[[PreTrainedModel, str], dict[str, dict]]  # (model, "before" | "during" | "after") -> for each domain its figures
 
 
@@ -469,7 +471,7 @@ def write_summary(folder: Path, summary: dict) -> Path:
     staging.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return staging.rename(target)
 
-# %% ../nbs/12_train.ipynb #9d9c3694
+# %% ../nbs/12_train.ipynb #929ce5af
 def train(config: TrainConfig, # every choice
           policy: PreTrainedModel, # trained in place
           processor: VLProcessor, # its processor

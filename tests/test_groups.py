@@ -30,13 +30,13 @@ def double(): return policy(dtype="float64")
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_says_and_teaches_what_repeated_does(kind, g):
     model = policy(kind)
-    packed, repeated = group_logps(model, *g.shared, 0.7), plain_logps(model, g, 0.7)
+    packed, repeated = group_logps(model, *g.shared, 2.0), plain_logps(model, g, 2.0)
     assert (packed - repeated).abs().max() < 1e-5 and (packed[g.mask == 0] == 0).all()
     ours, theirs = gradient(model, packed, g.mask), gradient(model, repeated, g.mask)
     assert far(ours, theirs) < 1e-5 and theirs.norm() > 0.1
     assert has_adapter(model) == (kind != "full")
     if has_adapter(model):  # the adapter takes part, and it alone learns
-        with torch.no_grad(), model.disable_adapter(): assert (group_logps(model, *g.shared, 0.7) - packed).abs().max() > 1e-2
+        with torch.no_grad(), model.disable_adapter(): assert (group_logps(model, *g.shared, 2.0) - packed).abs().max() > 1e-2
         assert {n for n, p in model.named_parameters() if p.grad is not None} == {n for n, _ in model.named_parameters() if "lora_" in n}
 
 
@@ -87,7 +87,7 @@ def test_completions_without_a_prompt_are_refused(full, g):
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_each_completion_alone_by_hand(kind, g):
     model = policy(kind)
-    with torch.no_grad(): assert (group_logps(model, *g.shared, 0.7) - logps_by_hand(model, g, 0.7)).abs().max() < 1e-5
+    with torch.no_grad(): assert (group_logps(model, *g.shared, 2.0) - logps_by_hand(model, g, 2.0)).abs().max() < 1e-5
 
 
 def owners(g):
@@ -277,7 +277,7 @@ def test_every_completion_stands_in_one_row_and_rows_keep_the_budget(sizes, budg
     assert all(size([*a, b[0]]) > budget for a, b in zip(rows, rows[1:]))  # no row ends early
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(st.integers(1, 700))
 def test_parts_add_up_to_the_whole(budget):
     g, model = groups(), DOUBLE[0] if DOUBLE else DOUBLE.append(policy(dtype="float64")) or DOUBLE[0]

@@ -121,7 +121,7 @@ def test_the_same_seed_draws_the_same_tokens_either_way(policy, processor, ragge
     if temperature > 2: assert not torch.equal(PolicySampler(policy, processor).draw(ragged, G, 8, temperature, seed + 100)[0], quick[0][:, :8])
 
 
-@pytest.mark.parametrize("temperature, seed", [(2.0, 1), (0.7, 2), (0.0, 3)])
+@pytest.mark.parametrize("temperature, seed", [(2.0, 1), (0.0, 3)])
 def test_an_adapter_draws_the_same_either_way_too(adapted, processor, ragged, policy, temperature, seed):
     quick, plain = both_ways(adapted, processor, ragged, 3, 44, temperature, seed)
     assert same(quick, plain, [processor.tokenizer.eos_token_id])[0]

@@ -36,7 +36,7 @@ def weights_of(trainer): return torch.cat([p.detach().flatten() for p in trainer
 @pytest.mark.parametrize("values, says", [
     (dict(num_generations=1), "num_generations = 1"), (dict(temperature=-1.0), "temperature = -1.0"), (dict(temperature=0), "temperature = 0"),
     (dict(temperature="hot"), "temperature = 'hot'"), (dict(lambda_reflective=0.6, lambda_format=0.6), "lambda"), (dict(learning_rate=float("nan")), "learning_rate = nan"),
-    (dict(metod="set"), "did you mean 'method'"), (dict(method="emo-r3"), "did you mean 'emo_r3'"), (dict(delta=0.9), "delta = 0.9"), (dict(prompts_per_update=100), "prompts_per_update = 100"),
+    (dict(metod="set"), "did you mean 'method'"), (dict(top_p=0.9), "top_p = 0.9; allowed: no such field, for completions"), (dict(method="emo-r3"), "did you mean 'emo_r3'"), (dict(delta=0.9), "delta = 0.9"), (dict(prompts_per_update=100), "prompts_per_update = 100"),
     (dict(train_size=100), "train_size = 100"), (dict(templates={"sett": "x"}), "did you mean 'set'"), (dict(epochs=1.5), "epochs = 1.5"), (dict(beta=-1), "beta = -1"), (dict(max_steps=0), "max_steps = 0"),
     (dict(num_generations=True), "num_generations = True"), (dict(tokens_per_forward=0), "tokens_per_forward = 0"), (dict(four_bit=True), "four_bit = True"), (dict(lora_rank=-1), "lora_rank = -1"), (dict(seed=2**32), "seed = 4294967296"), (dict(adam_betas=["a"]), "adam_betas"),
     (dict(trackers=["tensorbord"]), "did you mean 'tensorboard'"), (dict(lr_schedule="liner"), "lr_schedule: got 'liner'; allowed: constant, linear, cosine; did you mean 'linear'"),
