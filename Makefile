@@ -14,12 +14,12 @@ ARGS   ?=
 # Tests never reach for the network, and do not depend on how many cores there are.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: help env train test test-slow export readme clean clean-env
+.PHONY: help env train test test-slow bench bench-check export readme clean clean-env
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
-	@echo "also: make env | test-slow | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
+	@echo "also: make env | test-slow | bench (all that a CPU can show, against TRL; about an hour) | bench-check (operations alone, seconds) | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
 
 env: $(READY)
 
@@ -44,6 +44,16 @@ test: env
 
 test-slow: env
 	$(OFFLINE) $(BIN)/python -m pytest -q -m slow || test $$? -eq 5
+
+bench-check: env
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --check
+
+bench: bench-check
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --whole
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/step.py --groups 4,8,16
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/reflection.py
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/growth.py
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/gpu_step.py --tiny
 
 export: env
 	$(BIN)/nbdev_export

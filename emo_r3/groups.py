@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SHARED', 'LOGITS_AT_ONCE', 'GroupBatch', 'prompt_positions', 'pack_groups', 'PackedAttention', 'shared_attention',
            'text_model', 'encode_pictures', 'PictureFeatures', 'forward_packed', 'predicting_slots', 'group_logps',
-           'cut_groups', 'checkpointed']
+           'Cost', 'Shape', 'cut_groups', 'checkpointed']
 
-# %% ../nbs/09_groups.ipynb #79a056ec
+# %% ../nbs/09_groups.ipynb #1fd557f8
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .policy import Picture, Prompts, logits_to_logps, unwrapped
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/09_groups.ipynb #1a22fef8
+# %% ../nbs/09_groups.ipynb #4cb89f69
 @dataclass(frozen=True)
 class GroupBatch:
     "K prompts, each once, and the N completions that follow them, as one row of S tokens."
@@ -39,7 +39,7 @@ class GroupBatch:
 
     def to(self, device: torch.device) -> "GroupBatch": return GroupBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
-# %% ../nbs/09_groups.ipynb #73094f86
+# %% ../nbs/09_groups.ipynb #b48ba89c
 def prompt_positions(model: PreTrainedModel, # whose M-RoPE it is
                      ids: torch.Tensor, # (P,): one prompt
                      picture: Picture | None, # that it shows
@@ -75,7 +75,7 @@ def pack_groups(model: PreTrainedModel, # whose M-RoPE it is
     return GroupBatch(torch.cat([*prompts.ids, completion_ids[real]]), torch.cat([*placed, after], 1), _slots(prompts.lengths, 0),
                       _slots(real.sum(1), int(prompts.lengths.sum())), prompt_of, following)
 
-# %% ../nbs/09_groups.ipynb #b523a470
+# %% ../nbs/09_groups.ipynb #5b5a9b7b
 class PackedAttention:
     "What may be seen in a packed row, for `shared_attention`."
     def __init__(self, batch: GroupBatch):
@@ -102,7 +102,7 @@ class PackedAttention:
             out.append(read.transpose(1, 2)[self.completion_real])
         return torch.cat(out)[None]
 
-# %% ../nbs/09_groups.ipynb #24080d65
+# %% ../nbs/09_groups.ipynb #a94f3b05
 SHARED = "emo_r3_shared"
 
 
@@ -133,7 +133,7 @@ def text_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     text.config._attn_implementation = SHARED
     return text
 
-# %% ../nbs/09_groups.ipynb #79719dd1
+# %% ../nbs/09_groups.ipynb #240cafbf
 def encode_pictures(model: "PreTrainedModel | PeftModel", # whose vision tower
                     pictures: Sequence[Picture], # D
                    ) -> list[torch.Tensor]: # D, each (tokens, hidden)
@@ -162,7 +162,7 @@ class PictureFeatures:
 
     def clear(self) -> None: self.kept.clear()
 
-# %% ../nbs/09_groups.ipynb #a7df39dc
+# %% ../nbs/09_groups.ipynb #f8deed9d
 def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
                    batch: GroupBatch, # S tokens
                    prompts: Prompts, # that were packed
@@ -177,7 +177,7 @@ def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
     return text(inputs_embeds=embeds[None], position_ids=batch.position_ids[:, None], attention_mask={"full_attention": PackedAttention(batch)},
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
 
-# %% ../nbs/09_groups.ipynb #6ed7a1ad
+# %% ../nbs/09_groups.ipynb #a48c079c
 LOGITS_AT_ONCE = 2**27  # numbers; 0.5 GB in single precision
 
 
@@ -196,7 +196,7 @@ def _chunked_head(model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tenso
     if len(ids) <= size: return head(hidden, ids)
     return tuple(map(torch.cat, zip(*(checkpoint(head, h, i, use_reentrant=False) for h, i in zip(hidden.split(size), ids.split(size))))))
 
-# %% ../nbs/09_groups.ipynb #ce1ff9dc
+# %% ../nbs/09_groups.ipynb #c8bac882
 def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: full, LoRA, 4-bit
                 prompts: Prompts, # K
                 prompt_of: torch.Tensor, # (N,): which prompt each completion follows
@@ -214,7 +214,74 @@ def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: f
     spread = [v.new_zeros(completion_ids.shape).masked_scatter(completion_mask.bool().to(v.device), v) for v in values]
     return tuple(spread) if with_entropy else spread[0]
 
-# %% ../nbs/09_groups.ipynb #d9bb3084
+# %% ../nbs/09_groups.ipynb #ad7a8d99
+@dataclass(frozen=True)
+class Cost:
+    "Operations in products with weights, and in attention."
+    linear: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost": return Cost(self.linear + other.linear, self.attention + other.attention)
+    def __mul__(self, n: float) -> "Cost": return Cost(self.linear * n, self.attention * n)
+    @property
+    def total(self) -> float: return self.linear + self.attention
+
+
+@dataclass(frozen=True)
+class Shape:
+    "The symbols of the formulas, for any Qwen2.5-VL configuration."
+    L: int  # text layers
+    h: int  # hidden size
+    n_h: int  # heads
+    n_kv: int  # key-value heads
+    d: int  # a head's size
+    i: int  # MLP size
+    V: int  # vocabulary
+    vision_layers: int
+    full_layers: int  # of them, those in which every patch of a picture looks at every other
+    v_h: int  # vision's hidden size
+    v_i: int  # vision's MLP size
+    patch: int  # values in a patch
+    merge: int  # patches along an image token's edge
+    window: int  # image tokens along a window's edge
+
+    @classmethod
+    def of(cls, config) -> "Shape":
+        "Returns the symbols of a configuration."
+        t, v = config.text_config, config.vision_config
+        full = len([b for b in v.fullatt_block_indexes if b < v.depth])
+        return cls(t.num_hidden_layers, t.hidden_size, t.num_attention_heads, t.num_key_value_heads, getattr(t, "head_dim", None) or t.hidden_size // t.num_attention_heads, t.intermediate_size, t.vocab_size,
+                   v.depth, full, v.hidden_size, v.intermediate_size, v.in_channels * v.temporal_patch_size * v.patch_size**2, v.spatial_merge_size, v.window_size // v.patch_size // v.spatial_merge_size)
+
+    @property
+    def N_b(self) -> int:  # the text blocks' weights in matrix products
+        return self.L * (2 * self.h * self.n_h * self.d + 2 * self.h * self.n_kv * self.d + 3 * self.h * self.i)
+
+    def text(self, tokens: float, scored: float, pairs: float) -> Cost: # pairs: of query and key, a head and layer
+        "2 N_b n + 2 V h m, and 4 L n_h d for every pair of query and key."
+        return Cost(2 * self.N_b * tokens + 2 * self.V * self.h * scored, 4 * self.L * self.n_h * self.d * pairs)
+
+    def picture(self, rows: int, columns: int) -> Cost: # of image tokens
+        "One forward pass of the vision tower over a picture."
+        p = rows * columns * self.merge**2
+        edges = lambda n: [min(self.window, n - at) for at in range(0, n, self.window)]
+        windows = sum((a * b * self.merge**2) ** 2 for a in edges(rows) for b in edges(columns))
+        weights = self.patch * self.v_h + self.vision_layers * (4 * self.v_h**2 + 3 * self.v_h * self.v_i)
+        merged = self.v_h * self.merge**2
+        return Cost(2 * p * weights + 2 * rows * columns * merged * (merged + self.h), 4 * self.v_h * (self.full_layers * p**2 + (self.vision_layers - self.full_layers) * windows))
+
+    def pixels(self, rows: int, columns: int) -> float: # the patch embedding alone, whose input needs no gradient
+        return 2 * rows * columns * self.merge**2 * self.patch * self.v_h
+
+    def group(self, prompt_tokens: int, completion_tokens: Sequence[int], # of each of the G completions
+             ) -> Cost:
+        "One forward pass of the text model over a group that shares its prompt (Eq. above); a query counts the keys before it only."
+        P, R = prompt_tokens, completion_tokens
+        return self.text(P + sum(R), sum(R), P**2 / 2 + sum(r * P + r**2 / 2 for r in R))
+
+
+
+# %% ../nbs/09_groups.ipynb #a6fc7121
 def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
                completion_tokens: Sequence[int], # (N,): length of each completion
                prompt_of: Sequence[int], # (N,): which prompt it follows; a prompt's completions stand together
@@ -230,7 +297,7 @@ def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
         row, prompts, size = [*row, i], prompts | {k}, size + more
     if row: yield row
 
-# %% ../nbs/09_groups.ipynb #d44c7561
+# %% ../nbs/09_groups.ipynb #d5d668cc
 @contextmanager
 def checkpointed(model: "PreTrainedModel | PeftModel", # the policy
                  on: bool = True, # False: nothing is done

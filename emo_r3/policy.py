@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED_POLICY', 'LORA_LAYERS', 'policy_path', 'load_policy', 'VLPr
            'Picture', 'Prompts', 'encode_prompts', 'banned_tokens', 'has_adapter', 'unwrapped', 'logits_to_logps',
            'completion_logps', 'add_lora', 'reference', 'as_reference', 'staged_folder', 'save_policy']
 
-# %% ../nbs/08_policy.ipynb #82b3da3d
+# %% ../nbs/08_policy.ipynb #894f303b
 import copy
 import hashlib
 import json
@@ -34,7 +34,7 @@ from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel  # imported where an adapter is made or read: it brings bitsandbytes along
 
-# %% ../nbs/08_policy.ipynb #a0e10d99
+# %% ../nbs/08_policy.ipynb #6a15f4e9
 EMBEDDED_POLICY = resources.files("emo_r3") / "embedded" / "policy"
 
 
@@ -58,7 +58,7 @@ def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id
         raise ValueError(f"policy {folder}: found {found}; allowed: *.safetensors (a pickle could run code while it loads)")
     return str(folder)
 
-# %% ../nbs/08_policy.ipynb #52b2f0bf
+# %% ../nbs/08_policy.ipynb #45e222d4
 def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, or a hub id; a folder may hold full weights, or an adapter that names its base
                 dtype: str | torch.dtype = "float32", # of the weights; full training keeps float32 master weights
                 device: str | torch.device = "cpu", # where the weights go
@@ -87,7 +87,7 @@ def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.de
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     return PeftModel.from_pretrained(load_policy(base, dtype, device, four_bit), folder, is_trainable=True).eval()
 
-# %% ../nbs/08_policy.ipynb #cbb5308a
+# %% ../nbs/08_policy.ipynb #9994a828
 class _VLProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True, "add_special_tokens": False},
                  "common_kwargs": {"return_tensors": "pt"}}
@@ -109,7 +109,7 @@ class VLProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]: return super().model_input_names + ["mm_token_type_ids"]
 
-# %% ../nbs/08_policy.ipynb #a75af572
+# %% ../nbs/08_policy.ipynb #7426aaee
 def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
                    min_pixels: int | None = None, # smallest area a picture is resized to; None keeps the model's own
                    max_pixels: int | None = None, # largest
@@ -128,7 +128,7 @@ def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
     if tokenizer.chat_template is None: raise ValueError(f"policy {path}: its tokenizer has no chat template")
     return VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
-# %% ../nbs/08_policy.ipynb #49ba7c62
+# %% ../nbs/08_policy.ipynb #9d154631
 def as_plain_text(processor: VLProcessor, # whose special tokens
                   text: str, # what someone wrote
                  ) -> str:
@@ -143,7 +143,7 @@ def _plain_messages(processor: VLProcessor, messages: Messages) -> Messages:
     plain = lambda item: item | {"text": as_plain_text(processor, item["text"])} if item["type"] == "text" else item
     return [turn | {"content": as_plain_text(processor, turn["content"]) if isinstance(turn["content"], str) else [plain(i) for i in turn["content"]]} for turn in messages]
 
-# %% ../nbs/08_policy.ipynb #6e65dd85
+# %% ../nbs/08_policy.ipynb #a3359f0b
 class Picture:
     "One picture as the vision tower takes it: a grid of patches, whose pixels are prepared on demand."
     def __init__(self, image: Image.Image, # RGB
@@ -162,7 +162,7 @@ class Picture:
         assert tuple(out["image_grid_thw"][0].tolist()) == self.grid, f"{self.grid} patches were announced, {out['image_grid_thw'].tolist()} came"
         return out["pixel_values"]
 
-# %% ../nbs/08_policy.ipynb #2d4840c8
+# %% ../nbs/08_policy.ipynb #e4eec42c
 @dataclass(frozen=True)
 class Prompts:
     "B encoded prompts, each with one picture or none, and the different pictures among them."
@@ -193,7 +193,7 @@ class Prompts:
             out |= {"pixel_values": torch.cat([p.pixel_values for p in shown]), "image_grid_thw": torch.tensor([p.grid for p in shown])}
         return out
 
-# %% ../nbs/08_policy.ipynb #f0ac486c
+# %% ../nbs/08_policy.ipynb #73c18641
 def _shown(messages: Messages) -> Image.Image | None:
     "Returns the picture in a chat; raises ValueError for more than one."
     found = [item["image"] for turn in messages if not isinstance(turn["content"], str) for item in turn["content"] if item["type"] == "image"]
@@ -217,13 +217,13 @@ def encode_prompts(processor: VLProcessor, # the policy's processor
     order = {key: i for i, key in enumerate(pictures)}
     return Prompts(tuple(ids), tuple(pictures.values()), tuple(order.get(key) for key in picture_of), processor.image_token_id, processor.tokenizer.pad_token_id)
 
-# %% ../nbs/08_policy.ipynb #10052794
+# %% ../nbs/08_policy.ipynb #dd1c825b
 def banned_tokens(model: PreTrainedModel) -> list[int]:
     "Returns the ids that must never be sampled: the image and video placeholders and the vision markers."
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({i for n in names if (i := getattr(model.config, n, None)) is not None})
 
-# %% ../nbs/08_policy.ipynb #ecb2381a
+# %% ../nbs/08_policy.ipynb #2b2d8ce5
 def has_adapter(model: "PreTrainedModel | PeftModel") -> bool:
     "Returns whether a model wears an adapter."
     return hasattr(model, "get_base_model")
@@ -245,9 +245,7 @@ def logits_to_logps(model: PreTrainedModel, # whose tokens are forbidden
     logits = logits.index_fill(-1, torch.tensor(banned_tokens(model), device=logits.device), float("-inf"))
     logps = token_logps(logits, ids, temperature)
     if not with_entropy: return logps
-    with torch.no_grad():
-        log_p = (logits / temperature).log_softmax(-1)
-        return logps, -(log_p.exp() * log_p.masked_fill(log_p.isinf(), 0)).sum(-1)
+    with torch.no_grad(): return logps, torch.special.entr((logits if temperature == 1 else logits / temperature).softmax(-1)).sum(-1)
 
 
 def completion_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy
@@ -266,7 +264,7 @@ def completion_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL poli
     logits = model(**rows, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits[:, :-1]  # (N, T, V)
     return logits_to_logps(unwrapped(model), logits, ids, temperature, with_entropy)
 
-# %% ../nbs/08_policy.ipynb #99885227
+# %% ../nbs/08_policy.ipynb #b549772f
 LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -282,7 +280,7 @@ def add_lora(model: PreTrainedModel, # the base, in full precision or four bits;
         torch.manual_seed(seed)
         return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)).eval()
 
-# %% ../nbs/08_policy.ipynb #63a0ecbd
+# %% ../nbs/08_policy.ipynb #6329db2c
 def reference(model: "PreTrainedModel | PeftModel", # the policy before training
              ) -> "PreTrainedModel | PeftModel":
     "Returns a frozen copy that shares no memory with the policy; a policy with an adapter is its own reference, see `as_reference`."
@@ -297,7 +295,7 @@ def as_reference(model: "PreTrainedModel | PeftModel", # from `reference`
     else:
         with model.disable_adapter(): yield model
 
-# %% ../nbs/08_policy.ipynb #4996ee41
+# %% ../nbs/08_policy.ipynb #e8f24f81
 @contextmanager
 def staged_folder(target: Path, # the folder that should appear, whole or not at all
                  ):

@@ -7,10 +7,12 @@ __all__ = ['Rollouts', 'Sampler', 'check_sampling', 'end_tokens', 'Prefix', 'pre
            'PolicySampler', 'share_beginnings', 'next_token_logps', 'plain_next_token_logps', 'score_answers',
            'PolicyJudge']
 
-# %% ../nbs/10_sampling.ipynb #6a7f5353
+# %% ../nbs/10_sampling.ipynb #18fb396e
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -23,7 +25,7 @@ from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/10_sampling.ipynb #1fd9f56d
+# %% ../nbs/10_sampling.ipynb #ee0b0d46
 @dataclass(frozen=True)
 class Rollouts:
     "G completions for each of B prompts; row i belongs to prompt i // G."
@@ -55,12 +57,12 @@ class Rollouts:
         prompts, prompt_of = (index // self.num_generations).unique(return_inverse=True)
         return self.prompts.take(prompts), prompt_of, *self.completions(index)
 
-# %% ../nbs/10_sampling.ipynb #4e732cdf
+# %% ../nbs/10_sampling.ipynb #af76b965
 class Sampler(Protocol):
     "Whatever can draw completions: the policy itself here, an inference engine elsewhere."
     def sample(self, messages: Sequence[Messages], num_generations: int, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None) -> Rollouts: ...
 
-# %% ../nbs/10_sampling.ipynb #7a03e9f8
+# %% ../nbs/10_sampling.ipynb #bdc663e6
 class _ChosenLogps(LogitsProcessor):
     "Notes the log-probability of every chosen token, one step behind `generate`."
     def __init__(self): self.previous, self.columns = None, []
@@ -76,7 +78,7 @@ class _ChosenLogps(LogitsProcessor):
         self.note(last)
         return torch.stack(self.columns, 1)
 
-# %% ../nbs/10_sampling.ipynb #1531cafe
+# %% ../nbs/10_sampling.ipynb #60cf01b0
 def check_sampling(temperature: float, # of the sampling; 0 is greedy
                    num_generations: int, # G
                    max_new_tokens: int, # longest completion, tokens
@@ -86,14 +88,14 @@ def check_sampling(temperature: float, # of the sampling; 0 is greedy
     if num_generations < 1: raise ValueError(f"num_generations = {num_generations}; allowed: 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens = {max_new_tokens}; allowed: 1 or more")
 
-# %% ../nbs/10_sampling.ipynb #dce210e0
+# %% ../nbs/10_sampling.ipynb #56308137
 def end_tokens(model: PreTrainedModel, processor: VLProcessor) -> list[int]:
     "Returns the ids that end a completion: the tokenizer's end token and those of the model's generation settings."
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({processor.tokenizer.eos_token_id, *configured})
 
-# %% ../nbs/10_sampling.ipynb #3ad5be02
+# %% ../nbs/10_sampling.ipynb #c320bb6c
 @torch.no_grad()
 def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows: dict[str, torch.Tensor], max_new_tokens: int, temperature: float,
               seed: int | None, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +111,7 @@ def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows
     ids = out[:, rows["input_ids"].shape[1]:]
     return ids, noted.finish(ids[:, -1])
 
-# %% ../nbs/10_sampling.ipynb #26ad6972
+# %% ../nbs/10_sampling.ipynb #21c74d4f
 @dataclass(frozen=True)
 class Prefix:
     "What the text model remembers of K prompts."
@@ -132,7 +134,7 @@ def prefill(model: "PreTrainedModel | PeftModel", # the policy
     per_prompt = lambda x: x[0][:, slots].transpose(0, 1)  # (K, key heads, P, d)
     return Prefix([per_prompt(l.keys) for l in cache.layers], [per_prompt(l.values) for l in cache.layers], real, batch.next_position, hidden[batch.prompt_slots.max(1).values])
 
-# %% ../nbs/10_sampling.ipynb #19f56057
+# %% ../nbs/10_sampling.ipynb #e4540591
 class DecodeAttention:
     "Lets one new token of each unfinished completion see its prompt and its own past."
     def __init__(self, prefix: Prefix, # of K prompts
@@ -158,7 +160,7 @@ class DecodeAttention:
         weights = torch.cat([unstacked(seen), q @ k.transpose(2, 3)], 3).float().softmax(-1).to(q.dtype)  # (n, h, r, P + t)
         return (unstacked(stacked(weights[..., :P].contiguous()) @ values) + weights[..., P:] @ v).reshape(-1, 1, h * r, d)
 
-# %% ../nbs/10_sampling.ipynb #9f9b81ee
+# %% ../nbs/10_sampling.ipynb #6ac71b87
 @torch.no_grad()
 def _decode(model: "PreTrainedModel | PeftModel", prompts: Prompts, num_generations: int, max_new_tokens: int, temperature: float, ends: list[int],
             seed: int | None, top_p: float, features: PictureFeatures | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,7 +194,7 @@ def _draw(scores: torch.Tensor, alive: torch.Tensor, rows: int, temperature: flo
     everyone = scores.new_ones(rows, scores.shape[1]).index_copy(0, alive, scores.softmax(-1))  # (rows, V)
     return torch.multinomial(everyone, 1)[alive, 0]
 
-# %% ../nbs/10_sampling.ipynb #027b6684
+# %% ../nbs/10_sampling.ipynb #f0bb2626
 def mask_after_end(completion_ids: torch.Tensor, # (N, T)
                    ends: list[int], # ids that end a completion
                   ) -> torch.Tensor: # (N, T), int64
@@ -200,7 +202,7 @@ def mask_after_end(completion_ids: torch.Tensor, # (N, T)
     is_end = torch.isin(completion_ids, torch.tensor(ends, device=completion_ids.device))
     return ((is_end.cumsum(1) - is_end.long()) == 0).long()
 
-# %% ../nbs/10_sampling.ipynb #0713d135
+# %% ../nbs/10_sampling.ipynb #3c107b3a
 class PolicySampler:
     "Draws completions from a policy."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the policy, or a frozen reference
@@ -240,25 +242,32 @@ class PolicySampler:
         repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(num_generations)).padded()
         return _generate(self.model, self.processor, repeated, max_new_tokens, temperature, seed, top_p)
 
-# %% ../nbs/10_sampling.ipynb #fdf7bb43
+# %% ../nbs/10_sampling.ipynb #c47d7d06
 def _answer_ids(processor: VLProcessor, answers: Sequence[str]) -> list[list[int]]:
     "Returns each answer's token ids; raises ValueError for an answer without tokens."
     ids = [processor.tokenizer.encode(a, add_special_tokens=False) for a in answers]
     if not all(ids): raise ValueError(f"answers {list(answers)!r}: an answer is empty; allowed: texts of at least one token")
     return ids
 
-# %% ../nbs/10_sampling.ipynb #fa7fdb90
+# %% ../nbs/10_sampling.ipynb #c902904f
+def _split(rows: list[list[int]], members: list[int], image_token: int) -> list[tuple[int, list[int]]]: # how many tokens each part has in common, and who is in it
+    "Returns sorted questions about one picture (or none), split so that the fewest tokens are left and every common beginning holds the picture."
+    near = [len(commonprefix([rows[a], rows[b]])) for a, b in pairwise(members)]
+    def parts(threshold):
+        out = [(len(rows[members[0]]), [members[0]])]
+        for i, common in zip(members[1:], near): out = [*out[:-1], (min(out[-1][0], common), [*out[-1][1], i])] if common >= threshold else [*out, (len(rows[i]), [i])]
+        return [(min(first, min(len(rows[i]) for i in part) - 1), part) for first, part in out]  # at least one token is left to each
+    whole = lambda first, part: not any(image_token in rows[i][first:] for i in part)
+    tokens = lambda split: sum(first + sum(len(rows[i]) - first for i in part) for first, part in split)
+    return min((split for split in map(parts, {*near, float("inf")}) if all(whole(*p) for p in split)), key=tokens)
+
+# %% ../nbs/10_sampling.ipynb #08b39c59
 def share_beginnings(prompts: Prompts, # N questions
                     ) -> tuple[Prompts, torch.Tensor, torch.Tensor, torch.Tensor]: # K beginnings; (N,) which one a question has; its other tokens and their mask, (N, T) each
-    "Returns the questions as groups: for each picture, and for all without one, the longest common beginning, and what follows it."
-    heads, head_of, tails = [], [0] * len(prompts), [None] * len(prompts)
+    "Returns the questions as groups, each of one picture or of none: a common beginning, and what follows it."
+    rows, heads, head_of, tails = [i.tolist() for i in prompts.ids], [], [0] * len(prompts), [None] * len(prompts)
     for shown in dict.fromkeys(prompts.picture_of):
-        members = [i for i, p in enumerate(prompts.picture_of) if p == shown]
-        shortest = min(len(prompts.ids[i]) for i in members)
-        begun = torch.stack([prompts.ids[i][: shortest - 1] for i in members])  # (members, tokens); at least one token is left to each
-        common = int((begun == begun[0]).all(0).long().cumprod(0).sum())
-        late = [i for i in members if (prompts.ids[i][common:] == prompts.image_token_id).any()]  # the picture stands behind a difference
-        for first, part in ((common, members),) if not late else ((len(prompts.ids[i]) - 1, [i]) for i in members):
+        for first, part in _split(rows, sorted((i for i, p in enumerate(prompts.picture_of) if p == shown), key=rows.__getitem__), prompts.image_token_id):
             for i in part: head_of[i], tails[i] = len(heads), prompts.ids[i][first:]
             heads.append((prompts.ids[part[0]][:first], shown))
     tail = pad_sequence(tails, batch_first=True, padding_value=prompts.pad_token_id)
@@ -266,7 +275,7 @@ def share_beginnings(prompts: Prompts, # N questions
     beginnings = Prompts(tuple(h for h, _ in heads), prompts.pictures, tuple(p for _, p in heads), prompts.image_token_id, prompts.pad_token_id)
     return beginnings, torch.tensor(head_of), tail, mask
 
-# %% ../nbs/10_sampling.ipynb #7576ac27
+# %% ../nbs/10_sampling.ipynb #74e8c35f
 def _last_logps(model: "PreTrainedModel | PeftModel", hidden: torch.Tensor) -> torch.Tensor: # (n, V), on the CPU
     "Returns the distribution of the token after each hidden state, banned tokens left out."
     scores = unwrapped(model).lm_head(hidden).float()
@@ -304,7 +313,7 @@ def plain_next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
         parts.append(_last_logps(model, unwrapped(model).model(**rows, use_cache=False).last_hidden_state[:, -1]))
     return torch.cat(parts)
 
-# %% ../nbs/10_sampling.ipynb #63619439
+# %% ../nbs/10_sampling.ipynb #129ed1ea
 @torch.no_grad()
 def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
                   processor: VLProcessor, # its processor
@@ -315,7 +324,8 @@ def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
                   features: PictureFeatures | None = None, # remembered pictures, for the shared prefix
                  ) -> list[list[float]]: # for each question one value an answer, in nats
     "Returns the log-probability of every whole answer, without gradient."
-    prompts, ids = encode_prompts(processor, messages), [_answer_ids(processor, a) for a in answers]
+    known = {options: _answer_ids(processor, options) for options in dict.fromkeys(map(tuple, answers))}
+    prompts, ids = encode_prompts(processor, messages), [known[tuple(a)] for a in answers]
     if all(len(a) == 1 for options in ids for a in options):  # one pass over the questions answers all
         last = next_token_logps(model, prompts, max_tokens, features) if shared_prefix else plain_next_token_logps(model, prompts)
         return [row[[a[0] for a in options]].tolist() for options, row in zip(ids, last)]
@@ -330,7 +340,7 @@ def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
         for q, value in zip(question[part].tolist(), logps.sum(1).tolist()): scores[q].append(value)
     return scores
 
-# %% ../nbs/10_sampling.ipynb #08ec0368
+# %% ../nbs/10_sampling.ipynb #cc33f6fa
 class PolicyJudge:
     "Answers reflection questions with a model's present weights; never with gradient."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the current policy (the paper's choice) or a frozen reference

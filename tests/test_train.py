@@ -9,6 +9,7 @@ import torch
 import yaml
 from policies import double_throughout, pictures_read
 
+import emo_r3.groups
 import emo_r3.train
 from emo_r3.groups import group_logps
 from emo_r3.policy import add_lora, completion_logps, load_policy, load_processor, unwrapped
@@ -173,6 +174,29 @@ def test_four_bit_weights_pass_their_gradient_on(processor, examples):
         (group_logps(model, *experience.rollouts.packed(torch.arange(8))) * torch.linspace(-1, 1, 8)[:, None]).sum().backward()
         grads.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_" in n]))
     assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
+
+
+def test_utilisation_counts_needed_work_only(processor, examples, monkeypatch):
+    "MFU is the shared count over time and peak: the plain path does more work for the same figure, and a CPU's peak must be told."
+    def measured(**changes):
+        trainer = Trainer(replace(SMALL, method="set", **changes), load_policy(), processor)
+        return trainer, *train_step(trainer, examples[:4], seed=5)
+    trainer, experience, m = measured(peak_tflops=0.05)
+    needed = emo_r3.train.update_flops(trainer, experience)
+    assert m["perf/mfu"] == pytest.approx(needed / (m["timing_s/update"] * 0.05e12))
+    lengths, prompt = experience.rollouts.lengths.tolist(), experience.rollouts.prompts.lengths.tolist()
+    text = shape = emo_r3.groups.Shape.of(trainer.policy.config)
+    by_hand = sum(2 * shape.N_b * n for n in (*prompt, *lengths)) + 2 * shape.V * shape.h * sum(lengths)
+    attention = 4 * text.L * text.n_h * text.d * sum(P**2 / 2 + sum(r * P + r**2 / 2 for r in lengths[4 * k: 4 * k + 4]) for k, P in enumerate(prompt))
+    assert needed == pytest.approx(3 * (by_hand + attention) + 3 * 4 * text.picture(4, 4).total)
+    assert "perf/mfu" not in measured()[2]
+    plain = measured(peak_tflops=0.05, shared_prefix=False)
+    assert emo_r3.train.update_flops(*plain[:2]) == pytest.approx(needed)
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == 989 and emo_r3.train.peak_tflops(SMALL, gpu) is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H20")
+    assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == 148
 
 
 def test_each_picture_is_encoded_once_a_step_where_the_tower_is_frozen(processor, examples):
