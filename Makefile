@@ -54,6 +54,7 @@ bench: bench-check
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/reflection.py
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/growth.py
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/gpu_step.py --tiny
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/same_curve.py
 
 export: env
 	$(BIN)/nbdev_export

@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'LOGITS_AT_ONCE', 'GroupBatch', 'prompt_positions', 'pack_g
            'text_model', 'encode_pictures', 'PictureFeatures', 'forward_packed', 'predicting_slots', 'group_logps',
            'Cost', 'Shape', 'cut_groups', 'checkpointed']
 
-# %% ../nbs/09_groups.ipynb #1fd557f8
+# %% ../nbs/09_groups.ipynb #7e36c7ad
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .policy import Picture, Prompts, logits_to_logps, unwrapped
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/09_groups.ipynb #4cb89f69
+# %% ../nbs/09_groups.ipynb #74f1462e
 @dataclass(frozen=True)
 class GroupBatch:
     "K prompts, each once, and the N completions that follow them, as one row of S tokens."
@@ -39,7 +39,7 @@ class GroupBatch:
 
     def to(self, device: torch.device) -> "GroupBatch": return GroupBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
-# %% ../nbs/09_groups.ipynb #b48ba89c
+# %% ../nbs/09_groups.ipynb #c0ddd4a9
 def prompt_positions(model: PreTrainedModel, # whose M-RoPE it is
                      ids: torch.Tensor, # (P,): one prompt
                      picture: Picture | None, # that it shows
@@ -75,12 +75,13 @@ def pack_groups(model: PreTrainedModel, # whose M-RoPE it is
     return GroupBatch(torch.cat([*prompts.ids, completion_ids[real]]), torch.cat([*placed, after], 1), _slots(prompts.lengths, 0),
                       _slots(real.sum(1), int(prompts.lengths.sum())), prompt_of, following)
 
-# %% ../nbs/09_groups.ipynb #5b5a9b7b
+# %% ../nbs/09_groups.ipynb #2db4deb4
 class PackedAttention:
     "What may be seen in a packed row, for `shared_attention`."
     def __init__(self, batch: GroupBatch):
-        self.prompt_slots, self.prompt_real = batch.prompt_slots.clamp(min=0), batch.prompt_slots >= 0  # (K, P)
-        self.completion_slots, self.completion_real = batch.completion_slots.clamp(min=0), batch.completion_slots >= 0  # (N, T)
+        self.prompt_real, self.completion_real = batch.prompt_slots >= 0, batch.completion_slots >= 0  # (K, P), (N, T)
+        self.prompt_slots, self.completion_slots = batch.prompt_slots.clamp(min=0), batch.completion_slots.clamp(min=0)  # (K, P), (N, T)
+        self.prompt_at, self.completion_at = self.prompt_real.flatten().nonzero()[:, 0], self.completion_real.flatten().nonzero()[:, 0]  # where the rectangles hold tokens
         self.prompt_of, (N, T) = batch.prompt_of, batch.completion_slots.shape
         causal = torch.ones(T, T, dtype=torch.bool, device=batch.input_ids.device).tril()
         self.mask = torch.cat([self.prompt_real[batch.prompt_of][:, None].expand(-1, T, -1), causal.expand(N, -1, -1)], 2)[:, None]  # (N, 1, T, P + T)
@@ -90,19 +91,19 @@ class PackedAttention:
                v: torch.Tensor, # (1, heads, S, d)
                scaling: float,
               ) -> torch.Tensor: # (1, S, heads, d)
-        "Returns what each token reads, computing only what may be seen."
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (S, heads, d)
+        "Returns what each token reads; scores between siblings, or between groups, are never computed."
+        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))  # (S, heads, d); under autocast the rotary embedding has widened q and k
         at = lambda x, slots: x[slots].transpose(1, 2)  # (n, heads, tokens, d)
         prompt_k, prompt_v = at(k, self.prompt_slots), at(v, self.prompt_slots)
         read = F.scaled_dot_product_attention(at(q, self.prompt_slots), prompt_k, prompt_v, is_causal=True, scale=scaling)
-        out = [read.transpose(1, 2)[self.prompt_real]]  # (prompt tokens, heads, d)
+        out = [read.transpose(1, 2).flatten(0, 1)[self.prompt_at]]  # (prompt tokens, heads, d)
         if len(self.prompt_of):
             keys, values = (torch.cat([p[self.prompt_of], at(x, self.completion_slots)], 2) for p, x in ((prompt_k, k), (prompt_v, v)))
             read = F.scaled_dot_product_attention(at(q, self.completion_slots), keys, values, attn_mask=self.mask, scale=scaling)
-            out.append(read.transpose(1, 2)[self.completion_real])
+            out.append(read.transpose(1, 2).flatten(0, 1)[self.completion_at])
         return torch.cat(out)[None]
 
-# %% ../nbs/09_groups.ipynb #a94f3b05
+# %% ../nbs/09_groups.ipynb #70784e0f
 SHARED = "emo_r3_shared"
 
 
@@ -133,7 +134,7 @@ def text_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     text.config._attn_implementation = SHARED
     return text
 
-# %% ../nbs/09_groups.ipynb #240cafbf
+# %% ../nbs/09_groups.ipynb #47146f72
 def encode_pictures(model: "PreTrainedModel | PeftModel", # whose vision tower
                     pictures: Sequence[Picture], # D
                    ) -> list[torch.Tensor]: # D, each (tokens, hidden)
@@ -148,13 +149,16 @@ class PictureFeatures:
     "Remembers what a vision tower made of pictures; whoever changes the tower's weights must call `clear`."
     def __init__(self, model: "PreTrainedModel | PeftModel", # whose vision tower
                  max_tokens: int = 2**18, # how many picture tokens are kept; the oldest unused go first (3B in bf16: 4 kB a token)
-                ): self.model, self.max_tokens, self.kept = model, max_tokens, OrderedDict()
+                 drop_pixels: bool = False, # forget prepared pixels once they are encoded; for a tower that will not learn from them
+                ): self.model, self.max_tokens, self.drop_pixels, self.kept = model, max_tokens, drop_pixels, OrderedDict()
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Picture]) -> list[torch.Tensor]: # each (tokens, hidden), without gradient
         "Returns the features of the pictures, encoding those that are new."
         new = list({p.key: p for p in pictures if p.key not in self.kept}.values())
-        for picture, features in zip(new, encode_pictures(self.model, new)): self.kept[picture.key] = features
+        for picture, features in zip(new, encode_pictures(self.model, new)): self.kept[picture.key] = features.clone()  # of its own: a slice would keep the whole batch alive
+        if self.drop_pixels:
+            for picture in pictures: picture.__dict__.pop("pixel_values", None)  # prepared again if they are ever asked for
         for p in pictures: self.kept.move_to_end(p.key)
         out = [self.kept[p.key] for p in pictures]
         while sum(map(len, self.kept.values())) > self.max_tokens and len(self.kept) > 1: self.kept.popitem(last=False)
@@ -162,7 +166,7 @@ class PictureFeatures:
 
     def clear(self) -> None: self.kept.clear()
 
-# %% ../nbs/09_groups.ipynb #f8deed9d
+# %% ../nbs/09_groups.ipynb #fb5b9f44
 def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
                    batch: GroupBatch, # S tokens
                    prompts: Prompts, # that were packed
@@ -173,11 +177,12 @@ def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
     text = text_model(model)
     embeds = text.get_input_embeddings()(batch.input_ids)  # (S, hidden)
     if shown := [features[p] for p in prompts.picture_of if p is not None]:
+        if (slots := int((batch.input_ids == prompts.image_token_id).sum())) != (came := sum(map(len, shown))): raise ValueError(f"features: {came} vectors came for {slots} picture tokens")
         embeds = embeds.masked_scatter((batch.input_ids == prompts.image_token_id)[:, None], torch.cat(shown).to(embeds))
     return text(inputs_embeds=embeds[None], position_ids=batch.position_ids[:, None], attention_mask={"full_attention": PackedAttention(batch)},
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
 
-# %% ../nbs/09_groups.ipynb #a48c079c
+# %% ../nbs/09_groups.ipynb #3abccf63
 LOGITS_AT_ONCE = 2**27  # numbers; 0.5 GB in single precision
 
 
@@ -196,7 +201,7 @@ def _chunked_head(model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tenso
     if len(ids) <= size: return head(hidden, ids)
     return tuple(map(torch.cat, zip(*(checkpoint(head, h, i, use_reentrant=False) for h, i in zip(hidden.split(size), ids.split(size))))))
 
-# %% ../nbs/09_groups.ipynb #c8bac882
+# %% ../nbs/09_groups.ipynb #36e3f563
 def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: full, LoRA, 4-bit
                 prompts: Prompts, # K
                 prompt_of: torch.Tensor, # (N,): which prompt each completion follows
@@ -214,7 +219,7 @@ def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: f
     spread = [v.new_zeros(completion_ids.shape).masked_scatter(completion_mask.bool().to(v.device), v) for v in values]
     return tuple(spread) if with_entropy else spread[0]
 
-# %% ../nbs/09_groups.ipynb #ad7a8d99
+# %% ../nbs/09_groups.ipynb #f26e8bb9
 @dataclass(frozen=True)
 class Cost:
     "Operations in products with weights, and in attention."
@@ -273,6 +278,13 @@ class Shape:
     def pixels(self, rows: int, columns: int) -> float: # the patch embedding alone, whose input needs no gradient
         return 2 * rows * columns * self.merge**2 * self.patch * self.v_h
 
+    def update(self, forward: Cost, # of the text model
+               pictures: Cost, # of the vision tower, forward; none where its features were remembered
+               weights_learn: bool = True, # False: an adapter on frozen weights
+              ) -> float:
+        "Returns the operations of forward and backward pass: activations' gradients cost a forward pass again, weights' another one, attention's two."
+        return forward.linear * (3 if weights_learn else 2) + forward.attention * 3 + pictures.total * 3
+
     def group(self, prompt_tokens: int, completion_tokens: Sequence[int], # of each of the G completions
              ) -> Cost:
         "One forward pass of the text model over a group that shares its prompt (Eq. above); a query counts the keys before it only."
@@ -281,7 +293,7 @@ class Shape:
 
 
 
-# %% ../nbs/09_groups.ipynb #a6fc7121
+# %% ../nbs/09_groups.ipynb #0acbf9d3
 def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
                completion_tokens: Sequence[int], # (N,): length of each completion
                prompt_of: Sequence[int], # (N,): which prompt it follows; a prompt's completions stand together
@@ -297,7 +309,7 @@ def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
         row, prompts, size = [*row, i], prompts | {k}, size + more
     if row: yield row
 
-# %% ../nbs/09_groups.ipynb #d5d668cc
+# %% ../nbs/09_groups.ipynb #cef9c43d
 @contextmanager
 def checkpointed(model: "PreTrainedModel | PeftModel", # the policy
                  on: bool = True, # False: nothing is done

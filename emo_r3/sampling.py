@@ -7,7 +7,7 @@ __all__ = ['Rollouts', 'Sampler', 'check_sampling', 'end_tokens', 'Prefix', 'pre
            'PolicySampler', 'share_beginnings', 'next_token_logps', 'plain_next_token_logps', 'score_answers',
            'PolicyJudge']
 
-# %% ../nbs/10_sampling.ipynb #18fb396e
+# %% ../nbs/10_sampling.ipynb #09c3b2a7
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/10_sampling.ipynb #ee0b0d46
+# %% ../nbs/10_sampling.ipynb #d8b48c95
 @dataclass(frozen=True)
 class Rollouts:
     "G completions for each of B prompts; row i belongs to prompt i // G."
@@ -57,12 +57,12 @@ class Rollouts:
         prompts, prompt_of = (index // self.num_generations).unique(return_inverse=True)
         return self.prompts.take(prompts), prompt_of, *self.completions(index)
 
-# %% ../nbs/10_sampling.ipynb #af76b965
+# %% ../nbs/10_sampling.ipynb #626f1053
 class Sampler(Protocol):
     "Whatever can draw completions: the policy itself here, an inference engine elsewhere."
     def sample(self, messages: Sequence[Messages], num_generations: int, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None) -> Rollouts: ...
 
-# %% ../nbs/10_sampling.ipynb #bdc663e6
+# %% ../nbs/10_sampling.ipynb #9d0f2f0d
 class _ChosenLogps(LogitsProcessor):
     "Notes the log-probability of every chosen token, one step behind `generate`."
     def __init__(self): self.previous, self.columns = None, []
@@ -78,7 +78,7 @@ class _ChosenLogps(LogitsProcessor):
         self.note(last)
         return torch.stack(self.columns, 1)
 
-# %% ../nbs/10_sampling.ipynb #60cf01b0
+# %% ../nbs/10_sampling.ipynb #661d75e0
 def check_sampling(temperature: float, # of the sampling; 0 is greedy
                    num_generations: int, # G
                    max_new_tokens: int, # longest completion, tokens
@@ -88,14 +88,14 @@ def check_sampling(temperature: float, # of the sampling; 0 is greedy
     if num_generations < 1: raise ValueError(f"num_generations = {num_generations}; allowed: 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens = {max_new_tokens}; allowed: 1 or more")
 
-# %% ../nbs/10_sampling.ipynb #56308137
+# %% ../nbs/10_sampling.ipynb #60b1b42d
 def end_tokens(model: PreTrainedModel, processor: VLProcessor) -> list[int]:
     "Returns the ids that end a completion: the tokenizer's end token and those of the model's generation settings."
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({processor.tokenizer.eos_token_id, *configured})
 
-# %% ../nbs/10_sampling.ipynb #c320bb6c
+# %% ../nbs/10_sampling.ipynb #bf17dae2
 @torch.no_grad()
 def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows: dict[str, torch.Tensor], max_new_tokens: int, temperature: float,
               seed: int | None, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +111,7 @@ def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows
     ids = out[:, rows["input_ids"].shape[1]:]
     return ids, noted.finish(ids[:, -1])
 
-# %% ../nbs/10_sampling.ipynb #21c74d4f
+# %% ../nbs/10_sampling.ipynb #c1e81c62
 @dataclass(frozen=True)
 class Prefix:
     "What the text model remembers of K prompts."
@@ -132,9 +132,9 @@ def prefill(model: "PreTrainedModel | PeftModel", # the policy
     hidden = forward_packed(model, batch, prompts, features(prompts.pictures) if features else encode_pictures(model, prompts.pictures), cache)
     slots, real = batch.prompt_slots.clamp(min=0), batch.prompt_slots >= 0
     per_prompt = lambda x: x[0][:, slots].transpose(0, 1)  # (K, key heads, P, d)
-    return Prefix([per_prompt(l.keys) for l in cache.layers], [per_prompt(l.values) for l in cache.layers], real, batch.next_position, hidden[batch.prompt_slots.max(1).values])
+    return Prefix([per_prompt(l.keys).to(l.values.dtype) for l in cache.layers], [per_prompt(l.values) for l in cache.layers], real, batch.next_position, hidden[batch.prompt_slots.max(1).values])
 
-# %% ../nbs/10_sampling.ipynb #e4540591
+# %% ../nbs/10_sampling.ipynb #515ae217
 class DecodeAttention:
     "Lets one new token of each unfinished completion see its prompt and its own past."
     def __init__(self, prefix: Prefix, # of K prompts
@@ -155,12 +155,12 @@ class DecodeAttention:
             full = x.new_zeros(K * self.G, *x.shape[1:]).index_copy(0, self.alive, x) if len(self.alive) < K * self.G else x
             return full.view(K, self.G, h, r, -1).transpose(1, 2).reshape(K, h, self.G * r, -1)
         unstacked = lambda x: x.view(K, h, self.G, r, -1).transpose(1, 2).reshape(K * self.G, h, r, -1)[self.alive]
-        q = q.view(-1, h, r, d) * scaling
+        q, k = (q.view(-1, h, r, d) * scaling).to(v.dtype), k.to(v.dtype)  # under autocast the rotary embedding has widened both
         seen = (stacked(q) @ keys.transpose(2, 3)).masked_fill(~self.prefix.real[:, None, None], float("-inf"))  # (K, h, G * r, P)
         weights = torch.cat([unstacked(seen), q @ k.transpose(2, 3)], 3).float().softmax(-1).to(q.dtype)  # (n, h, r, P + t)
         return (unstacked(stacked(weights[..., :P].contiguous()) @ values) + weights[..., P:] @ v).reshape(-1, 1, h * r, d)
 
-# %% ../nbs/10_sampling.ipynb #6ac71b87
+# %% ../nbs/10_sampling.ipynb #4cf7cc29
 @torch.no_grad()
 def _decode(model: "PreTrainedModel | PeftModel", prompts: Prompts, num_generations: int, max_new_tokens: int, temperature: float, ends: list[int],
             seed: int | None, top_p: float, features: PictureFeatures | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,7 +194,7 @@ def _draw(scores: torch.Tensor, alive: torch.Tensor, rows: int, temperature: flo
     everyone = scores.new_ones(rows, scores.shape[1]).index_copy(0, alive, scores.softmax(-1))  # (rows, V)
     return torch.multinomial(everyone, 1)[alive, 0]
 
-# %% ../nbs/10_sampling.ipynb #f0bb2626
+# %% ../nbs/10_sampling.ipynb #c4cf0511
 def mask_after_end(completion_ids: torch.Tensor, # (N, T)
                    ends: list[int], # ids that end a completion
                   ) -> torch.Tensor: # (N, T), int64
@@ -202,7 +202,7 @@ def mask_after_end(completion_ids: torch.Tensor, # (N, T)
     is_end = torch.isin(completion_ids, torch.tensor(ends, device=completion_ids.device))
     return ((is_end.cumsum(1) - is_end.long()) == 0).long()
 
-# %% ../nbs/10_sampling.ipynb #3c107b3a
+# %% ../nbs/10_sampling.ipynb #ddffeb9a
 class PolicySampler:
     "Draws completions from a policy."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the policy, or a frozen reference
@@ -220,6 +220,7 @@ class PolicySampler:
               ) -> Rollouts:
         "Returns G completions for each prompt; raises ValueError for settings that cannot be sampled with."
         check_sampling(temperature, num_generations, max_new_tokens)
+        if not messages: raise ValueError("messages: there are none; allowed: 1 or more")
         prompts, parts = encode_prompts(self.processor, messages), []
         for k, index in enumerate(torch.arange(len(messages)).split(max(1, self.batch_size // num_generations))):
             part_seed = None if seed is None else (seed + k * 0x9E3779B97F4A7C15) % 2**63
@@ -242,26 +243,30 @@ class PolicySampler:
         repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(num_generations)).padded()
         return _generate(self.model, self.processor, repeated, max_new_tokens, temperature, seed, top_p)
 
-# %% ../nbs/10_sampling.ipynb #c47d7d06
+# %% ../nbs/10_sampling.ipynb #a67e1f30
 def _answer_ids(processor: VLProcessor, answers: Sequence[str]) -> list[list[int]]:
     "Returns each answer's token ids; raises ValueError for an answer without tokens."
     ids = [processor.tokenizer.encode(a, add_special_tokens=False) for a in answers]
     if not all(ids): raise ValueError(f"answers {list(answers)!r}: an answer is empty; allowed: texts of at least one token")
     return ids
 
-# %% ../nbs/10_sampling.ipynb #c902904f
+# %% ../nbs/10_sampling.ipynb #4b62adfa
 def _split(rows: list[list[int]], members: list[int], image_token: int) -> list[tuple[int, list[int]]]: # how many tokens each part has in common, and who is in it
     "Returns sorted questions about one picture (or none), split so that the fewest tokens are left and every common beginning holds the picture."
     near = [len(commonprefix([rows[a], rows[b]])) for a, b in pairwise(members)]
+    last_picture = {i: max((t for t, token in enumerate(rows[i]) if token == image_token), default=-1) for i in members}
     def parts(threshold):
-        out = [(len(rows[members[0]]), [members[0]])]
-        for i, common in zip(members[1:], near): out = [*out[:-1], (min(out[-1][0], common), [*out[-1][1], i])] if common >= threshold else [*out, (len(rows[i]), [i])]
+        out = [[len(rows[members[0]]), [members[0]]]]
+        for i, common in zip(members[1:], near):
+            if common >= threshold: out[-1] = [min(out[-1][0], common), out[-1][1]]; out[-1][1].append(i)
+            else: out.append([len(rows[i]), [i]])
         return [(min(first, min(len(rows[i]) for i in part) - 1), part) for first, part in out]  # at least one token is left to each
-    whole = lambda first, part: not any(image_token in rows[i][first:] for i in part)
+    whole = lambda first, part: first > max(last_picture[i] for i in part)
     tokens = lambda split: sum(first + sum(len(rows[i]) - first for i in part) for first, part in split)
-    return min((split for split in map(parts, {*near, float("inf")}) if all(whole(*p) for p in split)), key=tokens)
+    thresholds = sorted(set(near))[:: max(1, len(set(near)) // 16)]  # a few will do: each takes time in proportion to the questions
+    return min((split for split in map(parts, (*thresholds, float("inf"))) if all(whole(*p) for p in split)), key=tokens)
 
-# %% ../nbs/10_sampling.ipynb #08b39c59
+# %% ../nbs/10_sampling.ipynb #649342d1
 def share_beginnings(prompts: Prompts, # N questions
                     ) -> tuple[Prompts, torch.Tensor, torch.Tensor, torch.Tensor]: # K beginnings; (N,) which one a question has; its other tokens and their mask, (N, T) each
     "Returns the questions as groups, each of one picture or of none: a common beginning, and what follows it."
@@ -275,11 +280,12 @@ def share_beginnings(prompts: Prompts, # N questions
     beginnings = Prompts(tuple(h for h, _ in heads), prompts.pictures, tuple(p for _, p in heads), prompts.image_token_id, prompts.pad_token_id)
     return beginnings, torch.tensor(head_of), tail, mask
 
-# %% ../nbs/10_sampling.ipynb #74e8c35f
-def _last_logps(model: "PreTrainedModel | PeftModel", hidden: torch.Tensor) -> torch.Tensor: # (n, V), on the CPU
-    "Returns the distribution of the token after each hidden state, banned tokens left out."
+# %% ../nbs/10_sampling.ipynb #a80b1571
+def _last_logps(model: "PreTrainedModel | PeftModel", hidden: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor: # (n, V) or (n, A), on the CPU
+    "Returns the distribution of the token after each hidden state, banned tokens left out, or the wanted (n, A) of its values."
     scores = unwrapped(model).lm_head(hidden).float()
-    return scores.index_fill(-1, torch.tensor(banned_tokens(unwrapped(model)), device=scores.device), float("-inf")).log_softmax(-1).cpu()
+    logps = scores.index_fill(-1, torch.tensor(banned_tokens(unwrapped(model)), device=scores.device), float("-inf")).log_softmax(-1)
+    return (logps if wanted is None else logps.gather(1, wanted.to(logps.device))).cpu()
 
 
 @torch.no_grad()
@@ -287,7 +293,8 @@ def next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
                      prompts: Prompts, # N
                      max_tokens: int = 16384, # in one forward pass
                      features: PictureFeatures | None = None, # remembered pictures
-                    ) -> torch.Tensor: # (N, V), on the CPU
+                     wanted: torch.Tensor | None = None, # (N, A): which tokens' values; None: all of the vocabulary's
+                    ) -> torch.Tensor: # (N, V) or (N, A), on the CPU
     "Returns the distribution of the token after each prompt, common beginnings read once."
     heads, head_of, tails, mask = share_beginnings(prompts)
     order, out = head_of.argsort(stable=True), [None] * len(prompts)
@@ -297,7 +304,7 @@ def next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
         some = heads.take(kept)
         batch = pack_groups(model, some, of, tails[rows], mask[rows]).to(model.device)
         hidden = forward_packed(model, batch, some, features(some.pictures) if features else encode_pictures(model, some.pictures))
-        for i, row in zip(rows.tolist(), _last_logps(model, hidden[batch.completion_slots.max(1).values])): out[i] = row
+        for i, row in zip(rows.tolist(), _last_logps(model, hidden[batch.completion_slots.max(1).values], None if wanted is None else wanted[rows])): out[i] = row
     return torch.stack(out)
 
 
@@ -305,15 +312,16 @@ def next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
 def plain_next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
                            prompts: Prompts, # N
                            batch_size: int = 64, # rows of one forward pass
-                          ) -> torch.Tensor: # (N, V), on the CPU
+                           wanted: torch.Tensor | None = None, # (N, A): which tokens' values
+                          ) -> torch.Tensor: # (N, V) or (N, A), on the CPU
     "Returns the same by one padded row a question."
     parts = []
     for index in torch.arange(len(prompts)).split(batch_size):
         rows = {k: v.to(model.device) for k, v in prompts.take(index).padded().items()}
-        parts.append(_last_logps(model, unwrapped(model).model(**rows, use_cache=False).last_hidden_state[:, -1]))
+        parts.append(_last_logps(model, unwrapped(model).model(**rows, use_cache=False).last_hidden_state[:, -1], None if wanted is None else wanted[index]))
     return torch.cat(parts)
 
-# %% ../nbs/10_sampling.ipynb #129ed1ea
+# %% ../nbs/10_sampling.ipynb #91a65419
 @torch.no_grad()
 def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
                   processor: VLProcessor, # its processor
@@ -327,8 +335,9 @@ def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
     known = {options: _answer_ids(processor, options) for options in dict.fromkeys(map(tuple, answers))}
     prompts, ids = encode_prompts(processor, messages), [known[tuple(a)] for a in answers]
     if all(len(a) == 1 for options in ids for a in options):  # one pass over the questions answers all
-        last = next_token_logps(model, prompts, max_tokens, features) if shared_prefix else plain_next_token_logps(model, prompts)
-        return [row[[a[0] for a in options]].tolist() for options, row in zip(ids, last)]
+        wanted = pad_sequence([torch.tensor([a[0] for a in options]) for options in ids], batch_first=True)  # (N, A)
+        values = next_token_logps(model, prompts, max_tokens, features, wanted) if shared_prefix else plain_next_token_logps(model, prompts, wanted=wanted)
+        return [row[: len(options)].tolist() for options, row in zip(ids, values)]
     question = torch.tensor([q for q, options in enumerate(ids) for _ in options])  # (N',): a row an answer
     rows = pad_sequence([torch.tensor(a) for options in ids for a in options], batch_first=True, padding_value=prompts.pad_token_id)  # (N', T)
     mask = pad_sequence([torch.ones(len(a), dtype=torch.long) for options in ids for a in options], batch_first=True)
@@ -340,7 +349,7 @@ def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
         for q, value in zip(question[part].tolist(), logps.sum(1).tolist()): scores[q].append(value)
     return scores
 
-# %% ../nbs/10_sampling.ipynb #cc33f6fa
+# %% ../nbs/10_sampling.ipynb #f488b5c8
 class PolicyJudge:
     "Answers reflection questions with a model's present weights; never with gradient."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the current policy (the paper's choice) or a frozen reference

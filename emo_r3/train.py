@@ -10,10 +10,11 @@ __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'SCHEDULES', 'PEAK_TFL
            'number_of_steps', 'group_record', 'write_sample', 'check_run_folder', 'open_run_folder', 'append_metrics',
            'eval_metrics', 'write_summary', 'train']
 
-# %% ../nbs/12_train.ipynb #8f7e5cb1
+# %% ../nbs/12_train.ipynb #c5c046a5
 import hashlib
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -32,7 +33,7 @@ from .advantages import group_advantages, informative_groups
 from .data import EmotionExample, check_choice, did_you_mean
 from .loss import grpo_loss, loss_normalizer
 from .parsing import SETCompletion, description, read_completion
-from .groups import PictureFeatures, Shape, checkpointed, cut_groups, group_logps
+from .groups import Cost, PictureFeatures, Shape, checkpointed, cut_groups, group_logps
 from .policy import VLProcessor, as_reference, completion_logps, has_adapter, reference, save_policy, unwrapped
 from .prompts import METHODS, PromptTemplates, method_messages
 from .reflection import Judge, ReflectionVerdict, judge_accuracy, reflect
@@ -40,7 +41,7 @@ from .rewards import RewardRecord, RewardWeights, reward_completion
 from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
 
-# %% ../nbs/12_train.ipynb #2a372545
+# %% ../nbs/12_train.ipynb #ee429b81
 def knob(default, # the value, or a function that makes it
          help: str, # what it does, with its unit
          source: str, # where the default comes from
@@ -49,7 +50,7 @@ def knob(default, # the value, or a function that makes it
     how = {"default_factory": default} if callable(default) else {"default": default}
     return field(**how, metadata={"help": help, "source": source})
 
-# %% ../nbs/12_train.ipynb #1258432d
+# %% ../nbs/12_train.ipynb #ad31e6d1
 @dataclass(frozen=True)
 class TrainConfig:
     "Every choice of a run; raises ValueError, naming field, value and what is allowed."
@@ -113,7 +114,7 @@ class TrainConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/12_train.ipynb #1a2dcedc
+# %% ../nbs/12_train.ipynb #2418c59b
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
            "reflection": ("score", "generate"), "lr_schedule": ("constant", "linear", "cosine"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
@@ -151,7 +152,7 @@ def check_config(config: "TrainConfig") -> None:
         if not isinstance(getattr(config, name), Mapping): complain(name, f"a mapping from {what}")
     reward_weights(config), PromptTemplates.from_dict(config.templates)
 
-# %% ../nbs/12_train.ipynb #33d245ae
+# %% ../nbs/12_train.ipynb #8c3dd88c
 def reward_weights(config: TrainConfig) -> RewardWeights:
     "Returns the reward rules of a run: the method's under its preset, with the weights that the configuration replaces."
     weights = RewardWeights.for_method(config.method, config.preset)
@@ -172,7 +173,7 @@ def make_config(values: Mapping, # field names and values, as a recipe gives the
         if name not in known: raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
-# %% ../nbs/12_train.ipynb #e34f529d
+# %% ../nbs/12_train.ipynb #75396d3a
 def score_completions(completions: Sequence[SETCompletion], # N
                       examples: Sequence[EmotionExample], # N, each repeated for its group
                       verdicts: Sequence[ReflectionVerdict] | None, # N, or None where the method does not reflect
@@ -183,7 +184,7 @@ def score_completions(completions: Sequence[SETCompletion], # N
     return [reward_completion(c, x.label, x.label_set, weights, **({} if v is None else {"consistency": v.consistency, "coherence": v.coherence}))
             for c, x, v in zip(completions, examples, judged)]
 
-# %% ../nbs/12_train.ipynb #4b2c49e3
+# %% ../nbs/12_train.ipynb #f5a6c67a
 @dataclass(frozen=True)
 class Experience:
     "One step's rollouts with everything that was made of them; N = B * G, row i belongs to picture i // G."
@@ -197,7 +198,7 @@ class Experience:
     @property
     def overall(self) -> torch.Tensor: return torch.tensor([r.overall for r in self.rewards]).view(self.advantages.shape)  # (B, G)
 
-# %% ../nbs/12_train.ipynb #0635b9a1
+# %% ../nbs/12_train.ipynb #4547fca2
 def pieces(rollouts: Rollouts, # a step's
            pictures: torch.Tensor, # (b,): whose completions
            config: TrainConfig, # tokens_per_forward and shared_prefix
@@ -234,7 +235,7 @@ def score_rollouts(model: PreTrainedModel, # the policy, or its reference
         out[rows, :mask.shape[1]] = row_logps(model, rollouts, rows, config, features).cpu() * mask
     return out
 
-# %% ../nbs/12_train.ipynb #d05a3519
+# %% ../nbs/12_train.ipynb #16e2bf99
 SCHEDULES = {"constant": lambda optimizer, updates: ConstantLR(optimizer, 1.0), "linear": lambda optimizer, updates: LinearLR(optimizer, 1.0, 0.0, updates),
              "cosine": lambda optimizer, updates: CosineAnnealingLR(optimizer, updates)}
 
@@ -255,10 +256,12 @@ class Trainer:
         reflects = self.weights.lambda_reflective > 0
         if not has_adapter(policy): policy.model.visual.requires_grad_(not config.freeze_vision)
         sees_the_same = not any(p.requires_grad for p in unwrapped(policy).model.visual.parameters())
-        self.pictures = PictureFeatures(policy)  # what the policy's vision tower makes of pictures
-        self.while_learning = self.pictures if sees_the_same else None  # a tower that learns must run again in the update
+        self.pictures = PictureFeatures(policy, drop_pixels=sees_the_same)  # what the policy's vision tower makes of pictures
+        self.update_features = self.pictures if sees_the_same else None  # a tower that learns must run again in the update
+        started = [n for n, p in policy.named_parameters() if "lora_B" in n and p.any()]
         needed = config.beta > 0 or (reflects and config.judge == "reference" and judge is None)
         self.reference = (reference(policy) if frozen is None else frozen) if needed else None
+        if started and self.reference is policy: raise ValueError(f"policy: its adapter has been trained already ({started[0]} is not zero), so that with the adapter off it is not what it is now; allowed: merge it into the weights first (`merge_and_unload`), then add a fresh one")
         self.reference_pictures = self.pictures if sees_the_same or self.reference is None else PictureFeatures(self.reference)
         asked, seen = (self.reference, self.reference_pictures) if config.judge == "reference" else (policy, self.pictures)
         written = {"temperature": self.weights.judge_temperature, "top_p": self.weights.judge_top_p} if config.reflection == "generate" else {}
@@ -269,11 +272,16 @@ class Trainer:
 
     def learned(self) -> None:
         "Forgets what the vision tower saw with its old weights."
-        if self.while_learning is None: self.pictures.clear()
+        if self.update_features is None: self.pictures.clear()
+
+    def clock(self) -> float: # s
+        "Returns the time at which all work that was given to the device is done."
+        if self.policy.device.type == "cuda": torch.cuda.synchronize(self.policy.device)
+        return time.perf_counter()
 
     def autocast(self): return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-# %% ../nbs/12_train.ipynb #b7d572fc
+# %% ../nbs/12_train.ipynb #c2c41c68
 def update(trainer: Trainer, # holds policy and optimizer
            experience: Experience, # the step's rollouts and advantages
            pictures: torch.Tensor, # (b,): whose groups this update takes
@@ -293,7 +301,7 @@ def update(trainer: Trainer, # holds policy and optimizer
             mask = rollouts.completions(rows)[1].to(trainer.policy.device)
             cut = lambda full: full[rows, :mask.shape[1]].to(trainer.policy.device)
             with trainer.autocast():
-                logps, entropy = row_logps(trainer.policy, rollouts, rows, c, trainer.while_learning, with_entropy=True)  # (n, T)
+                logps, entropy = row_logps(trainer.policy, rollouts, rows, c, trainer.update_features, with_entropy=True)  # (n, T)
             loss, parts = grpo_loss(logps, logps if old_logps is None else cut(old_logps), cut(experience.advantages.flatten()[:, None])[:, 0], mask,
                                     ref_logps=None if ref_logps is None else cut(ref_logps), beta=c.beta, epsilon_low=c.epsilon_low, epsilon_high=c.epsilon_high, delta=c.delta,
                                     ratio=c.ratio, average=c.average, max_tokens=c.max_completion_tokens, normalizer=normalizer, kl=c.kl)
@@ -310,53 +318,54 @@ def update(trainer: Trainer, # holds policy and optimizer
     trainer.learned()
     return metrics | {"grad_norm": norm, "sampling/sampling_logp_difference/max": gap}
 
-# %% ../nbs/12_train.ipynb #18232329
+# %% ../nbs/12_train.ipynb #80d6b061
 def collect(trainer: Trainer, # the run's state
             examples: Sequence[EmotionExample], # B pictures
             seed: int, # of the sampling
             timing: dict[str, float], # filled with seconds a phase
            ) -> Experience:
     "Returns a step's experience: sampled, parsed, reflected on, scored and normalised, without gradient."
-    c, clock = trainer.config, time.perf_counter()
+    c, clock = trainer.config, trainer.clock()
     with trainer.autocast():
         rollouts = trainer.sampler.sample([method_messages(c.method, x.question, x.load_image(), trainer.templates) for x in examples], c.num_generations, c.max_completion_tokens, c.temperature, seed)
-    timing["timing_s/rollout"], clock = time.perf_counter() - clock, time.perf_counter()
+    timing["timing_s/rollout"], clock = trainer.clock() - clock, trainer.clock()
     completions = [read_completion(c.method, text, trainer.templates) for text in rollouts.texts]
     repeated = [x for x in examples for _ in range(c.num_generations)]
     verdicts = None
     if trainer.judge is not None:
         with trainer.autocast(): verdicts = tuple(reflect(completions, repeated, trainer.judge, trainer.weights, mode=c.reflection, templates=trainer.templates))
-    timing["timing_s/reflect"] = time.perf_counter() - clock
+    timing["timing_s/reflect"] = trainer.clock() - clock
     rewards = score_completions(completions, repeated, verdicts, trainer.weights)
     overall = torch.tensor([r.overall for r in rewards]).view(-1, c.num_generations)  # (B, G)
     advantages = group_advantages(overall, trainer.weights.std, trainer.weights.eps)
     return Experience(tuple(examples), rollouts, tuple(completions), verdicts, tuple(rewards), advantages)
 
-# %% ../nbs/12_train.ipynb #adc3fb9b
+# %% ../nbs/12_train.ipynb #183b17a4
 def train_step(trainer: Trainer, # the run's state; its policy and optimizer change
                examples: Sequence[EmotionExample], # B pictures
                seed: int, # of the sampling
               ) -> tuple[Experience, dict[str, float]]:
     "Runs Algorithm 1 once; returns what was sampled and the step's metrics."
-    c, timing, started = trainer.config, {}, time.perf_counter()
+    c, timing, started = trainer.config, {}, trainer.clock()
     experience = collect(trainer, examples, seed, timing)  # lines 3-10: sample, parse, reflect, score, normalise
-    clock = time.perf_counter()
+    clock = trainer.clock()
     parts = [p for _ in range(c.epochs_per_step) for p in torch.arange(len(examples)).split(c.prompts_per_update)]
     with trainer.autocast():
         old_logps = None if len(parts) == 1 else score_rollouts(trainer.policy, experience.rollouts, c, trainer.pictures)
         ref_logps = None
         if c.beta > 0:
             with as_reference(trainer.reference) as frozen: ref_logps = score_rollouts(frozen, experience.rollouts, c, trainer.reference_pictures)
-    timing["timing_s/logps"], clock = time.perf_counter() - clock, time.perf_counter()
+    timing["timing_s/logps"], clock = trainer.clock() - clock, trainer.clock()
     updates = [update(trainer, experience, pictures, old_logps, ref_logps) for pictures in parts]  # line 11: Eq. 1
-    timing["timing_s/update"], timing["step_time"] = time.perf_counter() - clock, time.perf_counter() - started
+    trainer.optimizer.zero_grad()  # gradients need not lie in memory while the next step samples
+    timing["timing_s/update"], timing["step_time"] = trainer.clock() - clock, trainer.clock() - started
     known = {name: [u[name] for u in updates if name in u] for name in dict.fromkeys(n for u in updates for n in u)}  # an update of dead groups alone has no entropy
     mean = {name: sum(values) / len(values) for name, values in known.items()}
     mean["sampling/sampling_logp_difference/max"] = max(u["sampling/sampling_logp_difference/max"] for u in updates)
     mean["learning_rate"] = updates[-1]["learning_rate"]
     return experience, experience_metrics(experience) | mean | timing | throughput(trainer, experience, timing)
 
-# %% ../nbs/12_train.ipynb #4ce7c023
+# %% ../nbs/12_train.ipynb #8015a567
 def experience_metrics(experience: Experience) -> dict[str, float]:
     "Returns the metrics of sampling and rewards."
     overall, rollouts = experience.overall, experience.rollouts
@@ -381,24 +390,25 @@ def known_content_metrics(experience: Experience) -> dict[str, float]:
     return out if right is None else out | {"judge/consistency_accuracy": right}
 
 
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "H800": 989, "H20": 148, "A100": 312, "A800": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}  # dense bf16, by the makers' data sheets
+PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H200": 989, "H100 PCIe": 756, "H20": 148, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}  # dense bf16, by the maker's data sheets
 
 
 def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
     "Returns what a device can do in a second at most, 10^12 operations; None where neither the configuration nor its name tells."
     if config.peak_tflops is not None or device.type != "cuda" or config.precision != "bf16": return config.peak_tflops
     name = torch.cuda.get_device_name(device)
-    return next((PEAK_TFLOPS[known] for known in sorted(PEAK_TFLOPS, key=len, reverse=True) if known in name), None)
+    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def update_flops(trainer: Trainer, experience: Experience) -> float:
-    "Returns the operations that a step's updates need, forward and backward, each prompt and picture once (page 09); recomputation does not count."
-    shape, c, prompts, G = Shape.of(unwrapped(trainer.policy).config), trainer.config, experience.rollouts.prompts, trainer.config.num_generations
-    lengths = experience.rollouts.lengths.view(-1, G).tolist()
-    text = sum(shape.group(len(ids), r).total for ids, r in zip(prompts.ids, lengths)) * (2 if has_adapter(trainer.policy) else 3)  # under an adapter weights have no gradient, activations do
-    merge = shape.merge
-    seen = sum(shape.picture(p.grid[1] // merge, p.grid[2] // merge).total for p in prompts.pictures) * (3 if trainer.while_learning is None else 0)  # a frozen tower's features are remembered
-    return (text + seen) * c.epochs_per_step
+    "Returns the operations that a step's updates need, forward and backward, each prompt and picture once (page 09); recomputation, and groups that teach nothing, do not count."
+    shape, c = Shape.of(unwrapped(trainer.policy).config), trainer.config
+    live = torch.arange(len(experience.examples)) if c.beta > 0 else (experience.advantages != 0).any(1).nonzero()[:, 0]
+    prompts, lengths = experience.rollouts.prompts.take(live), experience.rollouts.lengths.view(-1, c.num_generations)[live].tolist()
+    text = sum((shape.group(len(ids), r) for ids, r in zip(prompts.ids, lengths)), Cost())
+    shown = prompts.pictures if trainer.update_features is None else ()  # a frozen tower's features are remembered
+    seen = sum((shape.picture(p.grid[1] // shape.merge, p.grid[2] // shape.merge) for p in shown), Cost())
+    return shape.update(text, seen, weights_learn=not has_adapter(trainer.policy)) * c.epochs_per_step
 
 
 def throughput(trainer: Trainer, experience: Experience, timing: Mapping[str, float]) -> dict[str, float]:
@@ -407,7 +417,7 @@ def throughput(trainer: Trainer, experience: Experience, timing: Mapping[str, fl
     out = {"perf/tokens_per_s": experience.rollouts.lengths.sum().item() / step, "perf/rollouts_per_s": len(experience.completions) / step}
     return out if peak is None else out | {"perf/mfu": update_flops(trainer, experience) / (timing["timing_s/update"] * peak * 1e12)}
 
-# %% ../nbs/12_train.ipynb #276526dc
+# %% ../nbs/12_train.ipynb #0b9b6cb9
 def batches(n: int, # training pictures
             size: int, # pictures a step
             epochs: int, # passes
@@ -429,7 +439,7 @@ def number_of_steps(config: TrainConfig, n: int) -> int:
     by_epochs = config.epochs * (n // config.prompts_per_step)
     return min(by_epochs, config.max_steps or by_epochs)
 
-# %% ../nbs/12_train.ipynb #9d1319e0
+# %% ../nbs/12_train.ipynb #c2cff431
 def group_record(experience: Experience, b: int, picture: str) -> dict:
     "Returns all about one picture's group as plain JSON."
     x, G, out = experience.examples[b], experience.rollouts.num_generations, []
@@ -457,7 +467,7 @@ def write_sample(folder: Path, # the run's samples/ folder
     target.write_text(json.dumps({"step": step, "groups": records}, indent=1, ensure_ascii=False), encoding="utf-8")
     return target
 
-# %% ../nbs/12_train.ipynb #08e5e6c8
+# %% ../nbs/12_train.ipynb #418d5d59
 def check_run_folder(output_dir: str | Path) -> Path:
     "Returns the path of a run's folder; raises ValueError if something is there already."
     folder = Path(output_dir)
@@ -481,7 +491,7 @@ def append_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> Non
     "Adds one line to metrics.jsonl."
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-# %% ../nbs/12_train.ipynb #2338545c
+# %% ../nbs/12_train.ipynb #e2ac622f
 Evaluation = Callable[[PreTrainedModel, str], dict[str, dict]]  # (model, "before" | "during" | "after") -> for each domain its figures
 
 
@@ -496,7 +506,7 @@ def write_summary(folder: Path, summary: dict) -> Path:
     staging.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return staging.rename(target)
 
-# %% ../nbs/12_train.ipynb #10e0ef68
+# %% ../nbs/12_train.ipynb #d6f0f6bb
 def train(config: TrainConfig, # every choice
           policy: PreTrainedModel, # trained in place
           processor: VLProcessor, # its processor

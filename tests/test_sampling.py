@@ -295,7 +295,7 @@ def test_questions_that_begin_alike_are_begun_once(policy, processor, questions)
     try:
         with pictures_read(policy) as seen: quick = next_token_logps(policy, prompts)
         heads, _, _, mask = share_beginnings(prompts)
-        assert len(seen) == 2 and tokens == [int(heads.lengths.sum() + mask.sum())] and tokens[0] < 0.7 * prompts.lengths.sum() and len(heads) == 3
+        assert len(seen) == 2 and tokens == [int(heads.lengths.sum() + mask.sum())] and tokens[0] < 0.7 * prompts.lengths.sum()
         with pictures_read(policy) as seen: plain = plain_next_token_logps(policy, prompts, batch_size=4)
         assert len(seen) == 6
     finally: hook.remove()

@@ -12,7 +12,8 @@ from policies import double_throughout, pictures_read
 import emo_r3.groups
 import emo_r3.train
 from emo_r3.groups import group_logps
-from emo_r3.policy import add_lora, completion_logps, load_policy, load_processor, unwrapped
+from emo_r3.cli import run
+from emo_r3.policy import add_lora, completion_logps, load_policy, load_processor, save_policy, unwrapped
 from emo_r3.prompts import set_messages
 from emo_r3.reflection import reflect
 from emo_r3.sampling import PolicySampler
@@ -176,6 +177,40 @@ def test_four_bit_weights_pass_their_gradient_on(processor, examples):
     assert (grads[0] - grads[1]).norm() < 1e-3 * grads[1].norm()
 
 
+@pytest.mark.parametrize("kind", ["full", "lora", "four_bit"])
+def test_half_precision_samples_scores_and_learns(processor, examples, kind):
+    "The default of a full-scale run, on this device: sampler and scorer stay close, and what they disagree by is reported."
+    policy = load_policy(four_bit=kind == "four_bit", dtype="float32" if kind == "full" else "bfloat16")
+    policy = policy if kind == "full" else add_lora(policy, rank=4, alpha=8)
+    trainer = Trainer(replace(SMALL, precision="bf16", lora_rank=0 if kind == "full" else 4), policy, processor)
+    before = [p.detach().clone() for p in policy.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in before)
+    _, m = train_step(trainer, examples[:4], seed=5)
+    assert 0 < m["sampling/sampling_logp_difference/mean"] < 0.02 and m["kl"] < 0.02 and math.isfinite(m["grad_norm"])
+    assert any(not torch.equal(a, p) for a, p in zip(before, (p for p in policy.parameters() if p.requires_grad)))
+
+
+def test_a_trained_adapter_is_not_taken_for_a_fresh_one(processor, examples, tmp_path):
+    "With the adapter off, such a policy is not where it starts: the trainer says so; the command line merges it first, and the first step's KL is 0."
+    adapted = add_lora(load_policy(), rank=4, alpha=8)
+    with torch.no_grad():
+        for n, p in adapted.named_parameters():
+            if "lora_B" in n: p.fill_(0.02)
+    with pytest.raises(ValueError, match="its adapter has been trained already"): Trainer(SMALL, adapted, processor)
+    Trainer(replace(SMALL, beta=0.0, method="set"), adapted, processor)  # no reference is needed
+    folder = save_policy(adapted, processor, tmp_path / "adapter")
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded" and json.loads((folder / "base.json").read_text()) == {"four_bit": False}
+    run(replace(SMALL, policy=str(folder), lora_rank=4, max_steps=1, eval_size=4, eval_during=4, data="scenes", trackers=()), tmp_path / "run")
+    row, = (json.loads(l) for l in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"kl"' in l)
+    assert row["kl"] == 0
+
+
+def test_a_four_bit_adapter_says_what_is_under_it(processor, tmp_path):
+    adapted = add_lora(load_policy(four_bit=True), rank=4, alpha=8)
+    again = load_policy(save_policy(adapted, processor, tmp_path / "adapter"))
+    assert unwrapped(again).is_loaded_in_4bit
+
+
 def test_utilisation_counts_needed_work_only(processor, examples, monkeypatch):
     "MFU is the shared count over time and peak: the plain path does more work for the same figure, and a CPU's peak must be told."
     def measured(**changes):
@@ -197,6 +232,9 @@ def test_utilisation_counts_needed_work_only(processor, examples, monkeypatch):
     assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == 989 and emo_r3.train.peak_tflops(SMALL, gpu) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H20")
     assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == 148
+    for name, peak in (("NVIDIA L40", None), ("NVIDIA L4", 121), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == peak
 
 
 def test_each_picture_is_encoded_once_a_step_where_the_tower_is_frozen(processor, examples):
