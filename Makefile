@@ -19,7 +19,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZ
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
-	@echo "also: make env | test-slow | bench (all that a CPU can show, against TRL; about an hour) | bench-check (operations alone, seconds) | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
+	@echo "also: make env | test-slow | bench (all that a CPU can show, against TRL; an hour or more) | bench-check (operations alone, seconds) | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
 
 env: $(READY)
 
@@ -49,9 +49,11 @@ bench-check: env
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --check
 
 bench: bench-check
-	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --whole
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --whole --prompt-tokens 148 --completion-tokens 64,96 --output flops_whole_step
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/step.py --groups 4,8,16
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/reflection.py
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/forms.py
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/growth.py
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/gpu_step.py --tiny
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/same_curve.py

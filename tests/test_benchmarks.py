@@ -11,6 +11,7 @@ trl = pytest.importorskip("trl")
 
 import contenders  # noqa: E402
 import flops  # noqa: E402
+import forms  # noqa: E402
 import gpu_step  # noqa: E402
 import step  # noqa: E402
 from contenders import Case, Meter, Ours, Trl  # noqa: E402
@@ -133,3 +134,12 @@ def test_the_gpu_script_runs_on_a_tiny_shape(tmp_path_factory, policy, contender
     assert {"sampling", "reference", "update"} <= set(found["seconds"]) and found["step_s"] > 0
     shown = gpu_step.figures(found, case, peak=1e12)
     assert set(shown["mfu"]) == {"sampling", "reference", "update"} and shown["needed_flop"]["update"] > shown["needed_flop"]["reference"]
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_the_three_exact_forms_agree_with_the_repeated_one(uneven):
+    found = forms.measure(SMALL, uneven, repeats=1)
+    assert set(found) == {"repeated", "dense mask", "cache", "parts"}
+    for form, row in found.items(): assert row["logps_differ"] < 2e-5 and row["gradient_differs"] < 1e-5, form
+    assert found["dense mask"]["attention"] > found["parts"]["attention"] and found["repeated"]["linear"] > 1.5 * found["parts"]["linear"]
+    if not uneven: assert found["parts"]["flop"] == pytest.approx(flops.update_cost(flops.shape_of(SMALL), SMALL, 130, "shared", True).total, rel=0.01)
