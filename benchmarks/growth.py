@@ -22,8 +22,8 @@ from flops import prompt_length, shape_of, step_cost, update_cost
 
 warnings.filterwarnings("ignore")
 MIDDLE = Case(prompts=1, num_generations=8, prompt_tokens=148, completion_tokens=64)
-AXES = {"G": ("num_generations", [2, 4, 8, 16, 32]), "prompt tokens": ("prompt_tokens", [130, 250, 500, 1000, 2000]),
-        "completion tokens": ("completion_tokens", [16, 32, 64, 128, 256]), "image tokens": ("side", [4, 8, 16, 24, 32])}
+AXES = {"G": ("num_generations", [2, 8, 32]), "prompt tokens": ("prompt_tokens", [130, 500, 2000]),
+        "completion tokens": ("completion_tokens", [16, 64, 256]), "image tokens": ("side", [4, 16, 32])}
 
 
 def at(axis: str, value: int) -> Case:

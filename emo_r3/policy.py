@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED_POLICY', 'BASE_FILE', 'LORA_LAYERS', 'policy_path', 'load_p
            'logits_to_logps', 'completion_logps', 'add_lora', 'reference', 'as_reference', 'staged_folder',
            'save_policy']
 
-# %% ../nbs/08_policy.ipynb #585439b3
+# %% ../nbs/08_policy.ipynb #feac6a75
 import copy
 import hashlib
 import json
@@ -35,7 +35,7 @@ from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel  # imported where an adapter is made or read: it brings bitsandbytes along
 
-# %% ../nbs/08_policy.ipynb #418776e1
+# %% ../nbs/08_policy.ipynb #4c96bf0c
 EMBEDDED_POLICY = resources.files("emo_r3") / "embedded" / "policy"
 BASE_FILE = "base.json"  # beside an adapter: how the weights under it were held
 
@@ -60,7 +60,7 @@ def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id
         raise ValueError(f"policy {folder}: found {found}; allowed: *.safetensors (a pickle could run code while it loads)")
     return str(folder)
 
-# %% ../nbs/08_policy.ipynb #5ca64e0d
+# %% ../nbs/08_policy.ipynb #63c14b90
 def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, or a hub id; a folder may hold full weights, or an adapter that names its base
                 dtype: str | torch.dtype = "float32", # of the weights; full training keeps float32 master weights
                 device: str | torch.device = "cpu", # where the weights go
@@ -89,7 +89,7 @@ def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.de
     if "four_bit" in said: four_bit = said["four_bit"]  # the adapter was trained on such a base, and is another policy on another
     return PeftModel.from_pretrained(load_policy(base, dtype, device, four_bit), folder, is_trainable=True).eval()
 
-# %% ../nbs/08_policy.ipynb #0c5f57ff
+# %% ../nbs/08_policy.ipynb #a714f902
 class _VLProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True, "add_special_tokens": False},
                  "common_kwargs": {"return_tensors": "pt"}}
@@ -111,7 +111,7 @@ class VLProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]: return super().model_input_names + ["mm_token_type_ids"]
 
-# %% ../nbs/08_policy.ipynb #277f4a47
+# %% ../nbs/08_policy.ipynb #6221b4b5
 def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
                    min_pixels: int | None = None, # smallest area a picture is resized to; None keeps the model's own
                    max_pixels: int | None = None, # largest
@@ -130,7 +130,7 @@ def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
     if tokenizer.chat_template is None: raise ValueError(f"policy {path}: its tokenizer has no chat template")
     return VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
-# %% ../nbs/08_policy.ipynb #07345dfa
+# %% ../nbs/08_policy.ipynb #62af8bea
 def as_plain_text(processor: VLProcessor, # whose special tokens
                   text: str, # what someone wrote
                  ) -> str:
@@ -145,7 +145,7 @@ def _plain_messages(processor: VLProcessor, messages: Messages) -> Messages:
     plain = lambda item: item | {"text": as_plain_text(processor, item["text"])} if item["type"] == "text" else item
     return [turn | {"content": as_plain_text(processor, turn["content"]) if isinstance(turn["content"], str) else [plain(i) for i in turn["content"]]} for turn in messages]
 
-# %% ../nbs/08_policy.ipynb #5a182afd
+# %% ../nbs/08_policy.ipynb #5c3f6112
 class Picture:
     "One picture as the vision tower takes it: a grid of patches, whose pixels are prepared on demand."
     def __init__(self, image: Image.Image, # RGB
@@ -164,7 +164,7 @@ class Picture:
         assert tuple(out["image_grid_thw"][0].tolist()) == self.grid, f"{self.grid} patches were announced, {out['image_grid_thw'].tolist()} came"
         return out["pixel_values"]
 
-# %% ../nbs/08_policy.ipynb #a4a8c020
+# %% ../nbs/08_policy.ipynb #d29548cf
 @dataclass(frozen=True)
 class Prompts:
     "B encoded prompts, each with one picture or none, and the different pictures among them."
@@ -195,7 +195,7 @@ class Prompts:
             out |= {"pixel_values": torch.cat([p.pixel_values for p in shown]), "image_grid_thw": torch.tensor([p.grid for p in shown])}
         return out
 
-# %% ../nbs/08_policy.ipynb #8b95d7a4
+# %% ../nbs/08_policy.ipynb #692f401d
 def _shown(messages: Messages) -> Image.Image | None:
     "Returns the picture in a chat; raises ValueError for more than one."
     found = [item["image"] for turn in messages if not isinstance(turn["content"], str) for item in turn["content"] if item["type"] == "image"]
@@ -219,13 +219,13 @@ def encode_prompts(processor: VLProcessor, # the policy's processor
     order = {key: i for i, key in enumerate(pictures)}
     return Prompts(tuple(ids), tuple(pictures.values()), tuple(order.get(key) for key in picture_of), processor.image_token_id, processor.tokenizer.pad_token_id)
 
-# %% ../nbs/08_policy.ipynb #4c0d5ce3
+# %% ../nbs/08_policy.ipynb #0d07ae40
 def banned_tokens(model: PreTrainedModel) -> list[int]:
     "Returns the ids that must never be sampled: the image and video placeholders and the vision markers."
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({i for n in names if (i := getattr(model.config, n, None)) is not None})
 
-# %% ../nbs/08_policy.ipynb #742ff75a
+# %% ../nbs/08_policy.ipynb #9d56dde1
 def has_adapter(model: "PreTrainedModel | PeftModel") -> bool:
     "Returns whether a model wears an adapter."
     return hasattr(model, "get_base_model")
@@ -266,7 +266,7 @@ def completion_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL poli
     logits = model(**rows, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits[:, :-1]  # (N, T, V)
     return logits_to_logps(unwrapped(model), logits, ids, temperature, with_entropy)
 
-# %% ../nbs/08_policy.ipynb #3e353a07
+# %% ../nbs/08_policy.ipynb #29cf0425
 LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -284,7 +284,7 @@ def add_lora(model: PreTrainedModel, # the base, in full precision or four bits;
     if model.name_or_path == str(EMBEDDED_POLICY): adapted.peft_config["default"].base_model_name_or_path = "embedded"  # on any machine
     return adapted
 
-# %% ../nbs/08_policy.ipynb #5b8b9aa2
+# %% ../nbs/08_policy.ipynb #bcb79f99
 def reference(model: "PreTrainedModel | PeftModel", # the policy before training
              ) -> "PreTrainedModel | PeftModel":
     "Returns a frozen copy that shares no memory with the policy; a policy with an adapter is its own reference, see `as_reference`."
@@ -299,7 +299,7 @@ def as_reference(model: "PreTrainedModel | PeftModel", # from `reference`
     else:
         with model.disable_adapter(): yield model
 
-# %% ../nbs/08_policy.ipynb #0e4766d0
+# %% ../nbs/08_policy.ipynb #a0379e74
 @contextmanager
 def staged_folder(target: Path, # the folder that should appear, whole or not at all
                  ):
@@ -323,7 +323,8 @@ def save_policy(model: PreTrainedModel, # what to save
     state = {k: v.to(dtype) for k, v in model.state_dict().items()} if dtype else None  # of an adapter, peft picks out its own
     with staged_folder(Path(folder)) as staging:
         if has_adapter(model): (staging / BASE_FILE).write_text(json.dumps({"four_bit": bool(getattr(unwrapped(model), "is_loaded_in_4bit", False))}), encoding="utf-8")
-        model.save_pretrained(staging, state_dict=state)
+        model.save_pretrained(staging, state_dict=state, **({"save_embedding_layers": False} if has_adapter(model) else {}))
+        if has_adapter(model): (staging / "README.md").unlink(missing_ok=True)  # peft's empty model card
         processor.tokenizer.save_pretrained(staging)
         processor.image_processor.save_pretrained(staging)
     return Path(folder)

@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'SCHEDULES', 'PEAK_TFL
            'number_of_steps', 'group_record', 'write_sample', 'check_run_folder', 'open_run_folder', 'append_metrics',
            'eval_metrics', 'write_summary', 'train']
 
-# %% ../nbs/12_train.ipynb #c5c046a5
+# %% ../nbs/12_train.ipynb #4d876a5b
 import hashlib
 import json
 import math
@@ -41,7 +41,7 @@ from .rewards import RewardRecord, RewardWeights, reward_completion
 from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
 
-# %% ../nbs/12_train.ipynb #ee429b81
+# %% ../nbs/12_train.ipynb #6020968b
 def knob(default, # the value, or a function that makes it
          help: str, # what it does, with its unit
          source: str, # where the default comes from
@@ -50,7 +50,7 @@ def knob(default, # the value, or a function that makes it
     how = {"default_factory": default} if callable(default) else {"default": default}
     return field(**how, metadata={"help": help, "source": source})
 
-# %% ../nbs/12_train.ipynb #ad31e6d1
+# %% ../nbs/12_train.ipynb #64e7ff12
 @dataclass(frozen=True)
 class TrainConfig:
     "Every choice of a run; raises ValueError, naming field, value and what is allowed."
@@ -107,14 +107,14 @@ class TrainConfig:
     max_steps: int | None = knob(None, "end after this many steps; null: by epochs", "ours")
     eval_every: int = knob(20, "steps between evaluations; 0: only before and after", "ours")
     eval_during: int = knob(64, "pictures a domain in evaluations during training", "ours")
-    sample_every: int = knob(10, "steps between groups written for the viewer; 0: none", "ours")
+    sample_every: int = knob(10, "steps between groups written for the viewer, the first and the last step included; 0: none", "ours")
     peak_tflops: float | None = knob(None, "what the device can do at most, 10^12 operations a second, for perf/mfu; null: by the name of a known GPU, else perf/mfu is left out", "ours")
     trackers: tuple = knob(("tensorboard",), "accelerate's trackers by name: tensorboard, wandb, ...", "ours")
     seed: int = knob(1, "of everything random", "released code")
 
     def __post_init__(self): check_config(self)
 
-# %% ../nbs/12_train.ipynb #2418c59b
+# %% ../nbs/12_train.ipynb #277479d2
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
            "reflection": ("score", "generate"), "lr_schedule": ("constant", "linear", "cosine"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
@@ -152,7 +152,7 @@ def check_config(config: "TrainConfig") -> None:
         if not isinstance(getattr(config, name), Mapping): complain(name, f"a mapping from {what}")
     reward_weights(config), PromptTemplates.from_dict(config.templates)
 
-# %% ../nbs/12_train.ipynb #8c3dd88c
+# %% ../nbs/12_train.ipynb #b7589031
 def reward_weights(config: TrainConfig) -> RewardWeights:
     "Returns the reward rules of a run: the method's under its preset, with the weights that the configuration replaces."
     weights = RewardWeights.for_method(config.method, config.preset)
@@ -173,7 +173,7 @@ def make_config(values: Mapping, # field names and values, as a recipe gives the
         if name not in known: raise ValueError(f"{where}: unknown field {name!r}{did_you_mean(name, known)}")
     return TrainConfig(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
 
-# %% ../nbs/12_train.ipynb #75396d3a
+# %% ../nbs/12_train.ipynb #1ab74bb4
 def score_completions(completions: Sequence[SETCompletion], # N
                       examples: Sequence[EmotionExample], # N, each repeated for its group
                       verdicts: Sequence[ReflectionVerdict] | None, # N, or None where the method does not reflect
@@ -184,7 +184,7 @@ def score_completions(completions: Sequence[SETCompletion], # N
     return [reward_completion(c, x.label, x.label_set, weights, **({} if v is None else {"consistency": v.consistency, "coherence": v.coherence}))
             for c, x, v in zip(completions, examples, judged)]
 
-# %% ../nbs/12_train.ipynb #f5a6c67a
+# %% ../nbs/12_train.ipynb #cf9c644a
 @dataclass(frozen=True)
 class Experience:
     "One step's rollouts with everything that was made of them; N = B * G, row i belongs to picture i // G."
@@ -198,7 +198,7 @@ class Experience:
     @property
     def overall(self) -> torch.Tensor: return torch.tensor([r.overall for r in self.rewards]).view(self.advantages.shape)  # (B, G)
 
-# %% ../nbs/12_train.ipynb #4547fca2
+# %% ../nbs/12_train.ipynb #0e020b1f
 def pieces(rollouts: Rollouts, # a step's
            pictures: torch.Tensor, # (b,): whose completions
            config: TrainConfig, # tokens_per_forward and shared_prefix
@@ -235,7 +235,7 @@ def score_rollouts(model: PreTrainedModel, # the policy, or its reference
         out[rows, :mask.shape[1]] = row_logps(model, rollouts, rows, config, features).cpu() * mask
     return out
 
-# %% ../nbs/12_train.ipynb #16e2bf99
+# %% ../nbs/12_train.ipynb #6443afdb
 SCHEDULES = {"constant": lambda optimizer, updates: ConstantLR(optimizer, 1.0), "linear": lambda optimizer, updates: LinearLR(optimizer, 1.0, 0.0, updates),
              "cosine": lambda optimizer, updates: CosineAnnealingLR(optimizer, updates)}
 
@@ -281,7 +281,7 @@ class Trainer:
 
     def autocast(self): return torch.autocast(self.policy.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
 
-# %% ../nbs/12_train.ipynb #c2c41c68
+# %% ../nbs/12_train.ipynb #8018d88c
 def update(trainer: Trainer, # holds policy and optimizer
            experience: Experience, # the step's rollouts and advantages
            pictures: torch.Tensor, # (b,): whose groups this update takes
@@ -318,7 +318,7 @@ def update(trainer: Trainer, # holds policy and optimizer
     trainer.learned()
     return metrics | {"grad_norm": norm, "sampling/sampling_logp_difference/max": gap}
 
-# %% ../nbs/12_train.ipynb #80d6b061
+# %% ../nbs/12_train.ipynb #b4a7fd38
 def collect(trainer: Trainer, # the run's state
             examples: Sequence[EmotionExample], # B pictures
             seed: int, # of the sampling
@@ -340,7 +340,7 @@ def collect(trainer: Trainer, # the run's state
     advantages = group_advantages(overall, trainer.weights.std, trainer.weights.eps)
     return Experience(tuple(examples), rollouts, tuple(completions), verdicts, tuple(rewards), advantages)
 
-# %% ../nbs/12_train.ipynb #183b17a4
+# %% ../nbs/12_train.ipynb #a43494d2
 def train_step(trainer: Trainer, # the run's state; its policy and optimizer change
                examples: Sequence[EmotionExample], # B pictures
                seed: int, # of the sampling
@@ -365,7 +365,7 @@ def train_step(trainer: Trainer, # the run's state; its policy and optimizer cha
     mean["learning_rate"] = updates[-1]["learning_rate"]
     return experience, experience_metrics(experience) | mean | timing | throughput(trainer, experience, timing)
 
-# %% ../nbs/12_train.ipynb #8015a567
+# %% ../nbs/12_train.ipynb #a7044257
 def experience_metrics(experience: Experience) -> dict[str, float]:
     "Returns the metrics of sampling and rewards."
     overall, rollouts = experience.overall, experience.rollouts
@@ -417,7 +417,7 @@ def throughput(trainer: Trainer, experience: Experience, timing: Mapping[str, fl
     out = {"perf/tokens_per_s": experience.rollouts.lengths.sum().item() / step, "perf/rollouts_per_s": len(experience.completions) / step}
     return out if peak is None else out | {"perf/mfu": update_flops(trainer, experience) / (timing["timing_s/update"] * peak * 1e12)}
 
-# %% ../nbs/12_train.ipynb #0b9b6cb9
+# %% ../nbs/12_train.ipynb #05f85483
 def batches(n: int, # training pictures
             size: int, # pictures a step
             epochs: int, # passes
@@ -439,7 +439,7 @@ def number_of_steps(config: TrainConfig, n: int) -> int:
     by_epochs = config.epochs * (n // config.prompts_per_step)
     return min(by_epochs, config.max_steps or by_epochs)
 
-# %% ../nbs/12_train.ipynb #c2cff431
+# %% ../nbs/12_train.ipynb #404549e4
 def group_record(experience: Experience, b: int, picture: str) -> dict:
     "Returns all about one picture's group as plain JSON."
     x, G, out = experience.examples[b], experience.rollouts.num_generations, []
@@ -467,7 +467,7 @@ def write_sample(folder: Path, # the run's samples/ folder
     target.write_text(json.dumps({"step": step, "groups": records}, indent=1, ensure_ascii=False), encoding="utf-8")
     return target
 
-# %% ../nbs/12_train.ipynb #418d5d59
+# %% ../nbs/12_train.ipynb #056e2ee8
 def check_run_folder(output_dir: str | Path) -> Path:
     "Returns the path of a run's folder; raises ValueError if something is there already."
     folder = Path(output_dir)
@@ -491,7 +491,7 @@ def append_metrics(folder: Path, step: int, metrics: Mapping[str, float]) -> Non
     "Adds one line to metrics.jsonl."
     with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file: file.write(json.dumps({"step": step, **metrics}) + "\n")
 
-# %% ../nbs/12_train.ipynb #e2ac622f
+# %% ../nbs/12_train.ipynb #91bdd549
 Evaluation = Callable[[PreTrainedModel, str], dict[str, dict]]  # (model, "before" | "during" | "after") -> for each domain its figures
 
 
@@ -506,7 +506,7 @@ def write_summary(folder: Path, summary: dict) -> Path:
     staging.write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return staging.rename(target)
 
-# %% ../nbs/12_train.ipynb #d6f0f6bb
+# %% ../nbs/12_train.ipynb #20f33bbd
 def train(config: TrainConfig, # every choice
           policy: PreTrainedModel, # trained in place
           processor: VLProcessor, # its processor
@@ -537,7 +537,7 @@ def train(config: TrainConfig, # every choice
         experience, metrics = train_step(trainer, [examples[i] for i in index], seed=step_seed(config.seed, step))
         if config.eval_every and evaluate and step % config.eval_every == 0 and step < steps: metrics |= eval_metrics(evaluate(policy, "during"))
         record(step, metrics)
-        if config.sample_every and step % config.sample_every == 0: write_sample(folder / "samples", step, experience)
+        if config.sample_every and (step % config.sample_every == 0 or step in (1, steps)): write_sample(folder / "samples", step, experience)
         bar.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['rewards/accuracy/mean']:.2f}")
     after = evaluate(policy, "after") if evaluate else {}
     if after: record(steps + 1, eval_metrics(after))
