@@ -9,7 +9,7 @@ __all__ = ['RECIPES', 'EVAL_SEED', 'recipe_names', 'read_mapping', 'read_recipe'
            'eval_data', 'evaluate_command', 'predict_options', 'predict_command', 'report_options', 'report_command',
            'tidy', 'parse', 'main']
 
-# %% ../nbs/18_cli.ipynb #761664f5
+# %% ../nbs/18_cli.ipynb #bb605077
 import argparse
 import json
 import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from emo_r3.reflection import Judge
     from emo_r3.train import TrainConfig
 
-# %% ../nbs/18_cli.ipynb #7029d5eb
+# %% ../nbs/18_cli.ipynb #faf7908e
 RECIPES = resources.files("emo_r3") / "recipes"
 
 
@@ -43,7 +43,7 @@ def recipe_names() -> list[str]:
     "Returns the names of the recipes that ship with the package."
     return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
 
-# %% ../nbs/18_cli.ipynb #5c82db32
+# %% ../nbs/18_cli.ipynb #e18e73e4
 def read_mapping(path: Path, # a YAML file
                  where: str, # how messages call it
                 ) -> dict:
@@ -63,7 +63,7 @@ def read_recipe(recipe: str, # a name from `recipe_names`, or the path of a YAML
                                 f"{did_you_mean(Path(recipe).stem, recipe_names())}")
     return path.name.rsplit(".", 1)[0], read_mapping(path, f"recipe {recipe}")
 
-# %% ../nbs/18_cli.ipynb #92f84af0
+# %% ../nbs/18_cli.ipynb #e4e1574a
 _TYPES = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", dict: "a mapping such as {think: ...}", tuple: "a list such as [a, b]"}
 
 
@@ -86,7 +86,7 @@ def field_value(name: str, # the field's, for messages
         raise ValueError(f"{name} = {value!r}; allowed: {_TYPES[plain]}{', or null' if optional else ''}")
     return value
 
-# %% ../nbs/18_cli.ipynb #e3ee03f7
+# %% ../nbs/18_cli.ipynb #1cfd538c
 def parse_option(name: str, # the field's
                  text: str, # what stood on the command line
                  kind: type | UnionType, # the field's type
@@ -98,7 +98,7 @@ def parse_option(name: str, # the field's
     except yaml.YAMLError: value = text  # not YAML, so not of the type either
     return field_value(name, value, kind)
 
-# %% ../nbs/18_cli.ipynb #fe92eb06
+# %% ../nbs/18_cli.ipynb #9cd2a916
 def run_config(recipe: str, # a name or a path
                options: Mapping[str, str], # fields given on the command line, as text
               ) -> tuple[str, "TrainConfig"]: # the recipe's short name, and the configuration
@@ -109,7 +109,7 @@ def run_config(recipe: str, # a name or a path
     values = {n: field_value(f"recipe {recipe}: {n}", v, kinds[n]) if n in kinds else v for n, v in values.items()}  # make_config names the unknown
     return name, make_config(values | {n: parse_option(n, text, kinds[n]) for n, text in options.items()}, where=f"recipe {recipe}")
 
-# %% ../nbs/18_cli.ipynb #67f6809e
+# %% ../nbs/18_cli.ipynb #71fe4196
 EVAL_SEED = 0  # of the scenes that are evaluated on
 
 
@@ -129,7 +129,7 @@ def eval_scenes(
     "Returns the scenes that evaluations use; raises ValueError for unknown names or n < 1."
     return {domain: make_scenes(domain, split, n, EVAL_SEED) for domain in domains}
 
-# %% ../nbs/18_cli.ipynb #e30eaadb
+# %% ../nbs/18_cli.ipynb #4d04ce06
 def _columns(choices: "TrainConfig | argparse.Namespace") -> dict[str, Any]:
     return {name: getattr(choices, name) for name in ("image_column", "label_column", "label_map")}
 
@@ -163,7 +163,7 @@ def run_data(
     return RunData(make_scenes("in_domain", "train", config.train_size, config.seed),
                    eval_scenes(("in_domain", "style"), "validation", config.eval_during), eval_scenes(DOMAINS, "test", config.eval_size))
 
-# %% ../nbs/18_cli.ipynb #45f77b0f
+# %% ../nbs/18_cli.ipynb #ac5ce8de
 class Measure:
     "Evaluates a model for `train`, and keeps the reports by when they were made: before, during, after."
     def __init__(self, config: "TrainConfig", # prompt, lengths, rules
@@ -186,7 +186,7 @@ class Measure:
                                   for domain, examples in (self.data.during if during else self.data.test).items()}
         return {domain: report.to_dict() for domain, report in self.reports[when].items()}
 
-# %% ../nbs/18_cli.ipynb #528155ed
+# %% ../nbs/18_cli.ipynb #33e7ca88
 def load_pair(policy: str, # "embedded", a folder, or a hub id
               dtype: str = "float32", # of the weights
               four_bit: bool = False, # hold them in NF4
@@ -209,7 +209,7 @@ def check_writable(path: Path, # a folder or file to be written
     if not os.access(there, os.W_OK) or not (there.is_dir() or there == path):
         raise PermissionError(f"{name} {str(path)!r}: {there} {'cannot be written' if there.is_dir() else 'is a file, not a folder'}; allowed: a place where you may write")
 
-# %% ../nbs/18_cli.ipynb #38d75367
+# %% ../nbs/18_cli.ipynb #4b89c4ed
 def run(config: "TrainConfig", # every choice
         output_dir: str | Path, # the run's folder, new or empty
         recipe: str = "", # its name, for summary and report
@@ -235,7 +235,7 @@ def run(config: "TrainConfig", # every choice
     print(before_after_table(measure.reports["before"], measure.reports["after"]))
     return RunReport(output_dir).write()
 
-# %% ../nbs/18_cli.ipynb #e7a1aba1
+# %% ../nbs/18_cli.ipynb #3dcb4b30
 _GROUPS = {"policy": "what is trained, on what", "method": "the method", "num_generations": "sampling", "prompts_per_update": "the update",
            "beta": "the loss", "epochs": "the run"}  # a group's first field -> its title
 _METAVARS = {str: "TEXT", bool: "true|false", int: "INT", float: "FLOAT", dict: "{...}", tuple: "[...]"}
@@ -257,7 +257,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         text = f"{f.metadata['help']} (default: {_shown(default)}; {f.metadata['source']})".replace("%", "%%")
         group.add_argument(f"--{f.name.replace('_', '-')}", metavar=_METAVARS[_plain(f.type)[0]], default=argparse.SUPPRESS, help=text)
 
-# %% ../nbs/18_cli.ipynb #553126c2
+# %% ../nbs/18_cli.ipynb #8899dc09
 def free_folder(wanted: Path, # where a run would go
                ) -> Path: # it, or the first of wanted-2, wanted-3 ... that does not exist
     "Returns a folder that does not exist yet."
@@ -265,7 +265,7 @@ def free_folder(wanted: Path, # where a run would go
     while folder.exists(): folder, n = wanted.with_name(f"{wanted.name}-{n + 1}"), n + 1
     return folder
 
-# %% ../nbs/18_cli.ipynb #70b4fd8f
+# %% ../nbs/18_cli.ipynb #54813cd2
 def interrupted(folder: Path, # of the run
                ) -> str:
     "Returns what to tell whoever stopped a run: how far it came, and what its folder lacks."
@@ -275,7 +275,7 @@ def interrupted(folder: Path, # of the run
     if not lacking: return f"interrupted after the run was finished; 'emo-r3 report {folder}' writes its page"
     return f"interrupted {f'after step {steps[-1]}' if steps else 'before the first step was done'}; {folder} holds no {lacking}, so it is no finished run"
 
-# %% ../nbs/18_cli.ipynb #b4f37ac7
+# %% ../nbs/18_cli.ipynb #5224883f
 def train_command(args: argparse.Namespace) -> None:
     "Train a policy; shows progress, then a table of before and after, and last the path of the report."
     given = {name: value for name, value in vars(args).items() if name not in ("command", "recipe", "output_dir")}
@@ -284,7 +284,7 @@ def train_command(args: argparse.Namespace) -> None:
     try: print(run(config, folder, name))
     except KeyboardInterrupt as stop: raise KeyboardInterrupt(interrupted(folder)) from stop
 
-# %% ../nbs/18_cli.ipynb #d18f8ca8
+# %% ../nbs/18_cli.ipynb #9a27ad6e
 def asking_options(parser: argparse.ArgumentParser) -> None:
     "Adds how a policy is asked."
     parser.add_argument("--method", default="emo_r3", metavar="NAME", help=f"the prompt: {', '.join(EVAL_METHODS)} (default: emo_r3)")
@@ -305,7 +305,7 @@ def read_asking(args: argparse.Namespace, # of `asking_options`
     try: return PromptTemplates.from_dict(values), pixels
     except ValueError as error: raise ValueError(f"--templates {args.templates}: {error}") from error
 
-# %% ../nbs/18_cli.ipynb #43ff9c0c
+# %% ../nbs/18_cli.ipynb #7bcfae56
 def evaluate_options(parser: argparse.ArgumentParser) -> None:
     "Adds what an evaluation is made of."
     parser.add_argument("policy", metavar="POLICY", help="'embedded', a model folder (a run's policy/), or a hub id")
@@ -321,7 +321,7 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest completion (default: 512)")
     parser.add_argument("--output", metavar="FILE.json", help="also write the figures here")
 
-# %% ../nbs/18_cli.ipynb #a65a44b9
+# %% ../nbs/18_cli.ipynb #69747113
 def eval_data(args: argparse.Namespace, # of `evaluate_options`
              ) -> dict[str, list[EmotionExample]]: # domain -> examples
     "Returns the pictures that `emo-r3 evaluate` is asked about; raises ValueError or OSError for what cannot be used."
@@ -335,7 +335,7 @@ def eval_data(args: argparse.Namespace, # of `evaluate_options`
     found = load_examples(args.data, label_set(args.labels or "emoset8"), split=args.split, **_columns(args) | {"label_map": parse_option("label_map", args.label_map or "{}", dict)})
     return {Path(args.data).stem or args.data: found if args.size is None else subsample(found, min(args.size, len(found)), EVAL_SEED)}
 
-# %% ../nbs/18_cli.ipynb #c64235ce
+# %% ../nbs/18_cli.ipynb #0aa39dc0
 def evaluate_command(args: argparse.Namespace) -> None:
     "Measure a policy: accuracy with its interval, form, and what step 1 names, one row a domain."
     if args.output and Path(args.output).is_dir(): raise IsADirectoryError(f"--output {args.output!r} is a folder; allowed: a file such as figures.json")
@@ -354,7 +354,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         unfinished.write_text(json.dumps(figures, indent=1), encoding="utf-8")
         unfinished.replace(args.output)
 
-# %% ../nbs/18_cli.ipynb #e00751c3
+# %% ../nbs/18_cli.ipynb #3f0f6ad7
 def predict_options(parser: argparse.ArgumentParser) -> None:
     "Adds the pictures and who looks at them."
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="picture files")
@@ -374,7 +374,7 @@ def predict_command(args: argparse.Namespace) -> None:
         print(f"{picture}: {found.label} ({found.probability:.0%})" if found.label else f"{picture}: no label could be read ({found.why or 'the answer is none of ' + ', '.join(labels)})")
         for line in [f"{i}. {step}" for i, step in enumerate(found.steps, 1) if step is not None] or [found.text]: print(f"  {line}")
 
-# %% ../nbs/18_cli.ipynb #d67a5914
+# %% ../nbs/18_cli.ipynb #762f1239
 def report_options(parser: argparse.ArgumentParser) -> None:
     "Adds the run."
     parser.add_argument("run", metavar="RUN", help="a run's folder")
@@ -385,7 +385,7 @@ def report_command(args: argparse.Namespace) -> None:
     from emo_r3.explore import RunReport
     print(RunReport(args.run).write())
 
-# %% ../nbs/18_cli.ipynb #f0d72b9f
+# %% ../nbs/18_cli.ipynb #82ad355d
 _COMMANDS = {"train": (train_options, train_command), "evaluate": (evaluate_options, evaluate_command),
              "predict": (predict_options, predict_command), "report": (report_options, report_command)}
 
@@ -394,7 +394,7 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any): super().__init__(allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=40), **options)
     def error(self, message: str) -> None: raise ValueError(message)
 
-# %% ../nbs/18_cli.ipynb #26abf227
+# %% ../nbs/18_cli.ipynb #e9a70893
 def tidy(argv: Sequence[str], # as the shell passes it
         ) -> list[str]:
     "Returns the arguments with --learning_rate as --learning-rate, and a negative number tied to its option: argparse would take -1e-4 for another one."
@@ -409,7 +409,7 @@ def tidy(argv: Sequence[str], # as the shell passes it
         out.append(word)
     return out
 
-# %% ../nbs/18_cli.ipynb #ba16521a
+# %% ../nbs/18_cli.ipynb #7c68c608
 def parse(argv: Sequence[str], # command and options
          ) -> argparse.Namespace:
     "Returns the parsed command line; raises ValueError, with the nearest name, for an unknown command or option."
@@ -426,7 +426,7 @@ def parse(argv: Sequence[str], # command and options
         raise ValueError(f"{named}: unexpected {word!r}{did_you_mean(word, known)}; 'emo-r3 {named} --help' explains every option")
     return args
 
-# %% ../nbs/18_cli.ipynb #346884a2
+# %% ../nbs/18_cli.ipynb #e052cc9c
 def main(argv: Sequence[str] | None = None, # command and options; None: those of the process
         ) -> int: # the exit code: 0, 2 for an error, 130 when interrupted
     "Runs one command. An error is one line on stderr; EMO_R3_DEBUG=1 shows where it came from."
