@@ -23,7 +23,7 @@ help:
 
 env: $(READY)
 
-$(READY): settings.ini setup.py pyproject.toml constraints.txt
+$(READY): settings.ini setup.py constraints.txt
 	@py="$(PYTHON)"; \
 	found=$$("$$py" -c 'import sys; print(".".join(map(str, sys.version_info[:3])), int(sys.version_info >= (3, 11)))' 2>/dev/null) || \
 	  { echo "emo_r3: PYTHON is '$$py', which does not run here; install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }; \
