@@ -8,7 +8,7 @@ __all__ = ['EMBEDDED_POLICY', 'BASE_FILE', 'LORA_LAYERS', 'policy_path', 'load_p
            'logits_to_logps', 'completion_logps', 'add_lora', 'reference', 'as_reference', 'staged_folder',
            'save_policy']
 
-# %% ../nbs/08_policy.ipynb #feac6a75
+# %% ../nbs/08_policy.ipynb #fb9cf2eb
 import copy
 import hashlib
 import json
@@ -35,7 +35,7 @@ from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel  # imported where an adapter is made or read: it brings bitsandbytes along
 
-# %% ../nbs/08_policy.ipynb #4c96bf0c
+# %% ../nbs/08_policy.ipynb #2e84b6fa
 EMBEDDED_POLICY = resources.files("emo_r3") / "embedded" / "policy"
 BASE_FILE = "base.json"  # beside an adapter: how the weights under it were held
 
@@ -60,7 +60,7 @@ def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id
         raise ValueError(f"policy {folder}: found {found}; allowed: *.safetensors (a pickle could run code while it loads)")
     return str(folder)
 
-# %% ../nbs/08_policy.ipynb #63c14b90
+# %% ../nbs/08_policy.ipynb #cfbdfd37
 def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, or a hub id; a folder may hold full weights, or an adapter that names its base
                 dtype: str | torch.dtype = "float32", # of the weights; full training keeps float32 master weights
                 device: str | torch.device = "cpu", # where the weights go
@@ -89,7 +89,7 @@ def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.de
     if "four_bit" in said: four_bit = said["four_bit"]  # the adapter was trained on such a base, and is another policy on another
     return PeftModel.from_pretrained(load_policy(base, dtype, device, four_bit), folder, is_trainable=True).eval()
 
-# %% ../nbs/08_policy.ipynb #a714f902
+# %% ../nbs/08_policy.ipynb #7f12306a
 class _VLProcessorKwargs(ProcessingKwargs, total=False):
     _defaults = {"text_kwargs": {"padding": True, "padding_side": "left", "return_mm_token_type_ids": True, "add_special_tokens": False},
                  "common_kwargs": {"return_tensors": "pt"}}
@@ -111,7 +111,7 @@ class VLProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]: return super().model_input_names + ["mm_token_type_ids"]
 
-# %% ../nbs/08_policy.ipynb #6221b4b5
+# %% ../nbs/08_policy.ipynb #cd9b48e0
 def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
                    min_pixels: int | None = None, # smallest area a picture is resized to; None keeps the model's own
                    max_pixels: int | None = None, # largest
@@ -130,7 +130,7 @@ def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
     if tokenizer.chat_template is None: raise ValueError(f"policy {path}: its tokenizer has no chat template")
     return VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
-# %% ../nbs/08_policy.ipynb #62af8bea
+# %% ../nbs/08_policy.ipynb #5d270714
 def as_plain_text(processor: VLProcessor, # whose special tokens
                   text: str, # what someone wrote
                  ) -> str:
@@ -145,7 +145,7 @@ def _plain_messages(processor: VLProcessor, messages: Messages) -> Messages:
     plain = lambda item: item | {"text": as_plain_text(processor, item["text"])} if item["type"] == "text" else item
     return [turn | {"content": as_plain_text(processor, turn["content"]) if isinstance(turn["content"], str) else [plain(i) for i in turn["content"]]} for turn in messages]
 
-# %% ../nbs/08_policy.ipynb #5c3f6112
+# %% ../nbs/08_policy.ipynb #1bb3eec9
 class Picture:
     "One picture as the vision tower takes it: a grid of patches, whose pixels are prepared on demand."
     def __init__(self, image: Image.Image, # RGB
@@ -164,7 +164,7 @@ class Picture:
         assert tuple(out["image_grid_thw"][0].tolist()) == self.grid, f"{self.grid} patches were announced, {out['image_grid_thw'].tolist()} came"
         return out["pixel_values"]
 
-# %% ../nbs/08_policy.ipynb #d29548cf
+# %% ../nbs/08_policy.ipynb #c8a51a84
 @dataclass(frozen=True)
 class Prompts:
     "B encoded prompts, each with one picture or none, and the different pictures among them."
@@ -195,7 +195,7 @@ class Prompts:
             out |= {"pixel_values": torch.cat([p.pixel_values for p in shown]), "image_grid_thw": torch.tensor([p.grid for p in shown])}
         return out
 
-# %% ../nbs/08_policy.ipynb #692f401d
+# %% ../nbs/08_policy.ipynb #fd534901
 def _shown(messages: Messages) -> Image.Image | None:
     "Returns the picture in a chat; raises ValueError for more than one."
     found = [item["image"] for turn in messages if not isinstance(turn["content"], str) for item in turn["content"] if item["type"] == "image"]
@@ -207,7 +207,7 @@ def encode_prompts(processor: VLProcessor, # the policy's processor
                    batch: Sequence[Messages], # B chats, each with one picture or none
                   ) -> Prompts:
     "Returns prompts as token ids that end where the answer begins, and their pictures; raises ValueError for two pictures in one prompt."
-    shown, made, pictures, picture_of, ids = [_shown(m) for m in batch], {}, {}, [], []
+    shown, made, pictures, picture_of, texts = [_shown(m) for m in batch], {}, {}, [], []
     for image, messages in zip(shown, batch):
         text = processor.apply_chat_template(_plain_messages(processor, messages), tokenize=False, add_generation_prompt=True)
         if image is not None:
@@ -215,17 +215,18 @@ def encode_prompts(processor: VLProcessor, # the policy's processor
             picture = pictures.setdefault(made[id(image)].key, made[id(image)])
             text = text.replace(processor.image_token, processor.image_token * picture.tokens)
         picture_of.append(None if image is None else picture.key)
-        ids.append(torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        texts.append(text)
+    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     order = {key: i for i, key in enumerate(pictures)}
-    return Prompts(tuple(ids), tuple(pictures.values()), tuple(order.get(key) for key in picture_of), processor.image_token_id, processor.tokenizer.pad_token_id)
+    return Prompts(tuple(map(torch.tensor, ids)), tuple(pictures.values()), tuple(order.get(key) for key in picture_of), processor.image_token_id, processor.tokenizer.pad_token_id)
 
-# %% ../nbs/08_policy.ipynb #0d07ae40
+# %% ../nbs/08_policy.ipynb #31ecb885
 def banned_tokens(model: PreTrainedModel) -> list[int]:
     "Returns the ids that must never be sampled: the image and video placeholders and the vision markers."
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return sorted({i for n in names if (i := getattr(model.config, n, None)) is not None})
 
-# %% ../nbs/08_policy.ipynb #9d56dde1
+# %% ../nbs/08_policy.ipynb #a986fa56
 def has_adapter(model: "PreTrainedModel | PeftModel") -> bool:
     "Returns whether a model wears an adapter."
     return hasattr(model, "get_base_model")
@@ -266,7 +267,7 @@ def completion_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL poli
     logits = model(**rows, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits[:, :-1]  # (N, T, V)
     return logits_to_logps(unwrapped(model), logits, ids, temperature, with_entropy)
 
-# %% ../nbs/08_policy.ipynb #29cf0425
+# %% ../nbs/08_policy.ipynb #86349432
 LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -284,7 +285,7 @@ def add_lora(model: PreTrainedModel, # the base, in full precision or four bits;
     if model.name_or_path == str(EMBEDDED_POLICY): adapted.peft_config["default"].base_model_name_or_path = "embedded"  # on any machine
     return adapted
 
-# %% ../nbs/08_policy.ipynb #bcb79f99
+# %% ../nbs/08_policy.ipynb #9e1eead5
 def reference(model: "PreTrainedModel | PeftModel", # the policy before training
              ) -> "PreTrainedModel | PeftModel":
     "Returns a frozen copy that shares no memory with the policy; a policy with an adapter is its own reference, see `as_reference`."
@@ -299,7 +300,7 @@ def as_reference(model: "PreTrainedModel | PeftModel", # from `reference`
     else:
         with model.disable_adapter(): yield model
 
-# %% ../nbs/08_policy.ipynb #a0379e74
+# %% ../nbs/08_policy.ipynb #0f79f3b6
 @contextmanager
 def staged_folder(target: Path, # the folder that should appear, whole or not at all
                  ):
