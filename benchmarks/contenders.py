@@ -10,6 +10,8 @@ positions. None of it changes what a step costs, but for the last, which is coun
 import json
 import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -354,6 +356,14 @@ def write(name: str, command: str, **content) -> Path:
     target = RESULTS / f"{name}.json"
     target.write_text(json.dumps({"command": command, "machine": machine()} | content, indent=1) + "\n")
     return target
+
+
+def in_a_process(script: str, options: list[str]) -> dict:
+    "Runs a script of this folder in a process of its own; returns what it prints last, as JSON. Raises RuntimeError, with what it said, if it fails."
+    command = [sys.executable, "-W", "ignore", script, *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_bytes() -> int:

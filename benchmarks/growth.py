@@ -10,14 +10,13 @@ which needs readable completions, is left out; the step has sampling, reference 
 """
 import argparse
 import json
-import subprocess
 import sys
 import time
 import warnings
 from dataclasses import asdict, replace
 from statistics import median
 
-from contenders import RESULTS, Case, Meter, Ours, Trl, forget_peak, peak_bytes, write
+from contenders import RESULTS, Case, Meter, Ours, Trl, forget_peak, in_a_process, peak_bytes, write
 from flops import prompt_length, shape_of, step_cost, update_cost
 
 warnings.filterwarnings("ignore")
@@ -64,13 +63,6 @@ def point(case: Case, contender: str, what: str, repeats: int) -> dict:
     if what == "step": return repeat(mine.step, repeats)
     experience = mine.forced_experience()
     return repeat(lambda: mine.update(experience), repeats)
-
-
-def in_a_process(case: Case, contender: str, what: str, repeats: int) -> dict:
-    command = [sys.executable, "-W", "ignore", __file__, "--point", json.dumps([asdict(case), contender, what, repeats])]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"{contender}, {what}, {case.label}, side {case.side}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def draw(rows: list[dict], target) -> None:
@@ -125,7 +117,7 @@ def main() -> None:
                 if what not in args.what: continue
                 floor = cost(shape, case, prompt_length(case), "shared", True)
                 for contender in args.contenders:
-                    found = in_a_process(case, contender, what, args.repeats)
+                    found = in_a_process(__file__, ["--point", json.dumps([asdict(case), contender, what, args.repeats])])
                     rows.append({"axis": axis, "x": value**2 if axis == "image tokens" else value, "contender": contender, "what": what, "case": asdict(case), "floor": floor.total, **found})
                     print(f"{axis} {rows[-1]['x']:5d}  {what:6s} {contender:5s}  CPU {found['cpu_s']:7.3f} s  {found['flop'] / 1e9:8.2f} GFLOP ({found['flop'] / floor.total:.2f} times the floor, attention {found['attention'] / found['flop']:.0%})"
                           f"  {found['flop'] / 1e9 / found['cpu_s']:6.1f} GFLOP/s  +{found['added_bytes'] / 1e6:.0f} MB", flush=True)

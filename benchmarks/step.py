@@ -10,14 +10,13 @@ function asks the model by `generate`, one batch for each of the two questions, 
 """
 import argparse
 import json
-import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from statistics import median, quantiles
 
-from contenders import RESULTS, Case, Ours, Trl, forget_peak, peak_bytes, write
+from contenders import RESULTS, Case, Ours, Trl, forget_peak, in_a_process, peak_bytes, write
 
 warnings.filterwarnings("ignore")
 SHARED = {"fast": True, "plain": False}
@@ -76,10 +75,7 @@ def peak_of(case: Case, contender: str, reflect: bool, reflection: str, steps: i
 
 def peak_in_a_process(options: list[str], contender: str, G: int, reflect: bool) -> dict[str, int]:
     "Returns `peak_of` from a process of its own."
-    command = [sys.executable, "-W", "ignore", __file__, *options, "--groups", str(G), "--peak-of", contender] + ([] if reflect else ["--without"])
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return in_a_process(__file__, [*options, "--groups", str(G), "--peak-of", contender, *([] if reflect else ["--without"])])
 
 
 def draw(rows: list[dict], target) -> None:

@@ -7,7 +7,7 @@ __all__ = ['SHARED', 'LOGITS_AT_ONCE', 'GroupBatch', 'prompt_positions', 'pack_g
            'text_model', 'encode_pictures', 'PictureFeatures', 'forward_packed', 'predicting_slots', 'group_logps',
            'Cost', 'Shape', 'cut_groups', 'checkpointed']
 
-# %% ../nbs/09_groups.ipynb #45442123
+# %% ../nbs/09_groups.ipynb #69b7b5d0
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .policy import Picture, Prompts, logits_to_logps, unwrapped
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/09_groups.ipynb #12d56a6f
+# %% ../nbs/09_groups.ipynb #33c9d6f3
 @dataclass(frozen=True)
 class GroupBatch:
     "K prompts, each once, and the N completions that follow them, as one row of S tokens."
@@ -39,7 +39,7 @@ class GroupBatch:
 
     def to(self, device: torch.device) -> "GroupBatch": return GroupBatch(*(getattr(self, f).to(device) for f in self.__dataclass_fields__))
 
-# %% ../nbs/09_groups.ipynb #54a4ad4f
+# %% ../nbs/09_groups.ipynb #82f41350
 def prompt_positions(model: PreTrainedModel, # whose M-RoPE it is
                      ids: torch.Tensor, # (P,): one prompt
                      picture: Picture | None, # that it shows
@@ -75,7 +75,7 @@ def pack_groups(model: PreTrainedModel, # whose M-RoPE it is
     return GroupBatch(torch.cat([*prompts.ids, completion_ids[real]]), torch.cat([*placed, after], 1), _slots(prompts.lengths, 0),
                       _slots(real.sum(1), int(prompts.lengths.sum())), prompt_of, following)
 
-# %% ../nbs/09_groups.ipynb #351d3602
+# %% ../nbs/09_groups.ipynb #a2016db8
 class PackedAttention:
     "What may be seen in a packed row, for `shared_attention`."
     def __init__(self, batch: GroupBatch):
@@ -103,7 +103,7 @@ class PackedAttention:
             out.append(read.transpose(1, 2).flatten(0, 1)[self.completion_at])
         return torch.cat(out)[None]
 
-# %% ../nbs/09_groups.ipynb #15f7a96f
+# %% ../nbs/09_groups.ipynb #a86bdf79
 SHARED = "emo_r3_shared"
 
 
@@ -134,11 +134,13 @@ def text_model(model: "PreTrainedModel | PeftModel") -> PreTrainedModel:
     text.config._attn_implementation = SHARED
     return text
 
-# %% ../nbs/09_groups.ipynb #9a595bb2
+# %% ../nbs/09_groups.ipynb #21a1e04a
 def encode_pictures(model: "PreTrainedModel | PeftModel", # whose vision tower
                     pictures: Sequence[Picture], # D
+                    remembered: "PictureFeatures | None" = None, # asked instead, if given; it has no gradient
                    ) -> list[torch.Tensor]: # D, each (tokens, hidden)
     "Returns what the vision tower makes of each picture, with gradient if it has any."
+    if remembered is not None: return remembered(pictures)
     if not pictures: return []
     base = unwrapped(model)
     pixels, grids = torch.cat([p.pixel_values for p in pictures]), torch.tensor([p.grid for p in pictures])
@@ -166,7 +168,7 @@ class PictureFeatures:
 
     def clear(self) -> None: self.kept.clear()
 
-# %% ../nbs/09_groups.ipynb #2b848475
+# %% ../nbs/09_groups.ipynb #b3f5ad97
 def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
                    batch: GroupBatch, # S tokens
                    prompts: Prompts, # that were packed
@@ -182,7 +184,7 @@ def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
     return text(inputs_embeds=embeds[None], position_ids=batch.position_ids[:, None], attention_mask={"full_attention": PackedAttention(batch)},
                 past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
 
-# %% ../nbs/09_groups.ipynb #be6f5d49
+# %% ../nbs/09_groups.ipynb #c7dc77ff
 LOGITS_AT_ONCE = 2**27  # numbers; 0.5 GB in single precision
 
 
@@ -201,7 +203,7 @@ def _chunked_head(model: PreTrainedModel, hidden: torch.Tensor, ids: torch.Tenso
     if len(ids) <= size: return head(hidden, ids)
     return tuple(map(torch.cat, zip(*(checkpoint(head, h, i, use_reentrant=False) for h, i in zip(hidden.split(size), ids.split(size))))))
 
-# %% ../nbs/09_groups.ipynb #207c05b2
+# %% ../nbs/09_groups.ipynb #cc4d5a14
 def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: full, LoRA, 4-bit
                 prompts: Prompts, # K
                 prompt_of: torch.Tensor, # (N,): which prompt each completion follows
@@ -213,13 +215,13 @@ def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: f
                ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: # (N, T), in nats; 0 outside the mask
     "Returns what `completion_logps` returns for the repeated prompts, each prompt and picture read once; raises as `pack_groups` does."
     batch = pack_groups(model, prompts, prompt_of, completion_ids, completion_mask).to(model.device)
-    hidden = forward_packed(model, batch, prompts, (features or (lambda pictures: encode_pictures(model, pictures)))(prompts.pictures))
+    hidden = forward_packed(model, batch, prompts, encode_pictures(model, prompts.pictures, features))
     real = batch.completion_slots >= 0  # (N, T'), T' the longest completion
     values = _chunked_head(unwrapped(model), hidden[predicting_slots(batch)[real]], batch.input_ids[batch.completion_slots[real]], temperature, with_entropy)
     spread = [v.new_zeros(completion_ids.shape).masked_scatter(completion_mask.bool().to(v.device), v) for v in values]
     return tuple(spread) if with_entropy else spread[0]
 
-# %% ../nbs/09_groups.ipynb #a7cb5f84
+# %% ../nbs/09_groups.ipynb #20e36f37
 @dataclass(frozen=True)
 class Cost:
     "Operations in products with weights, and in attention."
@@ -293,7 +295,7 @@ class Shape:
 
 
 
-# %% ../nbs/09_groups.ipynb #1b815ac0
+# %% ../nbs/09_groups.ipynb #aa8a3c3d
 def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
                completion_tokens: Sequence[int], # (N,): length of each completion
                prompt_of: Sequence[int], # (N,): which prompt it follows; a prompt's completions stand together
@@ -309,7 +311,7 @@ def cut_groups(prompt_tokens: Sequence[int], # (K,): length of each prompt
         row, prompts, size = [*row, i], prompts | {k}, size + more
     if row: yield row
 
-# %% ../nbs/09_groups.ipynb #3645e860
+# %% ../nbs/09_groups.ipynb #3499df91
 @contextmanager
 def checkpointed(model: "PreTrainedModel | PeftModel", # the policy
                  on: bool = True, # False: nothing is done

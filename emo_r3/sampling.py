@@ -7,7 +7,7 @@ __all__ = ['Rollouts', 'Sampler', 'check_sampling', 'end_tokens', 'Prefix', 'pre
            'PolicySampler', 'share_beginnings', 'next_token_logps', 'plain_next_token_logps', 'score_answers',
            'PolicyJudge']
 
-# %% ../nbs/10_sampling.ipynb #09c3b2a7
+# %% ../nbs/10_sampling.ipynb #e497243f
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel
 
-# %% ../nbs/10_sampling.ipynb #d8b48c95
+# %% ../nbs/10_sampling.ipynb #de661466
 @dataclass(frozen=True)
 class Rollouts:
     "G completions for each of B prompts; row i belongs to prompt i // G."
@@ -57,12 +57,12 @@ class Rollouts:
         prompts, prompt_of = (index // self.num_generations).unique(return_inverse=True)
         return self.prompts.take(prompts), prompt_of, *self.completions(index)
 
-# %% ../nbs/10_sampling.ipynb #626f1053
+# %% ../nbs/10_sampling.ipynb #ef6706c1
 class Sampler(Protocol):
     "Whatever can draw completions: the policy itself here, an inference engine elsewhere."
     def sample(self, messages: Sequence[Messages], num_generations: int, max_new_tokens: int, temperature: float = 1.0, seed: int | None = None) -> Rollouts: ...
 
-# %% ../nbs/10_sampling.ipynb #9d0f2f0d
+# %% ../nbs/10_sampling.ipynb #f69a9acf
 class _ChosenLogps(LogitsProcessor):
     "Notes the log-probability of every chosen token, one step behind `generate`."
     def __init__(self): self.previous, self.columns = None, []
@@ -78,7 +78,7 @@ class _ChosenLogps(LogitsProcessor):
         self.note(last)
         return torch.stack(self.columns, 1)
 
-# %% ../nbs/10_sampling.ipynb #661d75e0
+# %% ../nbs/10_sampling.ipynb #8cafb281
 def check_sampling(temperature: float, # of the sampling; 0 is greedy
                    num_generations: int, # G
                    max_new_tokens: int, # longest completion, tokens
@@ -88,14 +88,14 @@ def check_sampling(temperature: float, # of the sampling; 0 is greedy
     if num_generations < 1: raise ValueError(f"num_generations = {num_generations}; allowed: 1 or more")
     if max_new_tokens < 1: raise ValueError(f"max_new_tokens = {max_new_tokens}; allowed: 1 or more")
 
-# %% ../nbs/10_sampling.ipynb #60b1b42d
+# %% ../nbs/10_sampling.ipynb #3323d546
 def end_tokens(model: PreTrainedModel, processor: VLProcessor) -> list[int]:
     "Returns the ids that end a completion: the tokenizer's end token and those of the model's generation settings."
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [] if configured is None else [configured]
     return sorted({processor.tokenizer.eos_token_id, *configured})
 
-# %% ../nbs/10_sampling.ipynb #bf17dae2
+# %% ../nbs/10_sampling.ipynb #9790797f
 @torch.no_grad()
 def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows: dict[str, torch.Tensor], max_new_tokens: int, temperature: float,
               seed: int | None, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +111,7 @@ def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows
     ids = out[:, rows["input_ids"].shape[1]:]
     return ids, noted.finish(ids[:, -1])
 
-# %% ../nbs/10_sampling.ipynb #c1e81c62
+# %% ../nbs/10_sampling.ipynb #80474d45
 @dataclass(frozen=True)
 class Prefix:
     "What the text model remembers of K prompts."
@@ -129,12 +129,12 @@ def prefill(model: "PreTrainedModel | PeftModel", # the policy
     "Returns what the text model makes of the prompts, each and each picture read once."
     none = torch.zeros(0, 0, dtype=torch.long)
     batch, cache = pack_groups(model, prompts, none.flatten(), none, none).to(model.device), DynamicCache(config=text_model(model).config)
-    hidden = forward_packed(model, batch, prompts, features(prompts.pictures) if features else encode_pictures(model, prompts.pictures), cache)
+    hidden = forward_packed(model, batch, prompts, encode_pictures(model, prompts.pictures, features), cache)
     slots, real = batch.prompt_slots.clamp(min=0), batch.prompt_slots >= 0
     per_prompt = lambda x: x[0][:, slots].transpose(0, 1)  # (K, key heads, P, d)
     return Prefix([per_prompt(l.keys).to(l.values.dtype) for l in cache.layers], [per_prompt(l.values) for l in cache.layers], real, batch.next_position, hidden[batch.prompt_slots.max(1).values])
 
-# %% ../nbs/10_sampling.ipynb #515ae217
+# %% ../nbs/10_sampling.ipynb #cdfb89e0
 class DecodeAttention:
     "Lets one new token of each unfinished completion see its prompt and its own past."
     def __init__(self, prefix: Prefix, # of K prompts
@@ -160,13 +160,14 @@ class DecodeAttention:
         weights = torch.cat([unstacked(seen), q @ k.transpose(2, 3)], 3).float().softmax(-1).to(q.dtype)  # (n, h, r, P + t)
         return (unstacked(stacked(weights[..., :P].contiguous()) @ values) + weights[..., P:] @ v).reshape(-1, 1, h * r, d)
 
-# %% ../nbs/10_sampling.ipynb #4cf7cc29
+# %% ../nbs/10_sampling.ipynb #89e1162a
 @torch.no_grad()
 def _decode(model: "PreTrainedModel | PeftModel", prompts: Prompts, num_generations: int, max_new_tokens: int, temperature: float, ends: list[int],
             seed: int | None, top_p: float, features: PictureFeatures | None) -> tuple[torch.Tensor, torch.Tensor]:
     "Returns new ids (K * G, T) and their log-probabilities (K * G, T); greedy at temperature 0."
     base, text, device = unwrapped(model), text_model(model), model.device
-    prefix, cache, banned, stop = prefill(model, prompts, features), DynamicCache(config=text_model(model).config), torch.tensor(banned_tokens(unwrapped(model)), device=device), torch.tensor(ends, device=device)
+    prefix, cache = prefill(model, prompts, features), DynamicCache(config=text.config)
+    banned, stop = torch.tensor(banned_tokens(base), device=device), torch.tensor(ends, device=device)
     N = len(prompts) * num_generations
     alive, position = torch.arange(N, device=device), prefix.next_position.repeat_interleave(num_generations)  # (n,), (N,)
     ids, logps = torch.full((N, max_new_tokens), prompts.pad_token_id, device=device), torch.zeros(N, max_new_tokens, device=device)
@@ -194,7 +195,7 @@ def _draw(scores: torch.Tensor, alive: torch.Tensor, rows: int, temperature: flo
     everyone = scores.new_ones(rows, scores.shape[1]).index_copy(0, alive, scores.softmax(-1))  # (rows, V)
     return torch.multinomial(everyone, 1)[alive, 0]
 
-# %% ../nbs/10_sampling.ipynb #c4cf0511
+# %% ../nbs/10_sampling.ipynb #0adcf8e0
 def mask_after_end(completion_ids: torch.Tensor, # (N, T)
                    ends: list[int], # ids that end a completion
                   ) -> torch.Tensor: # (N, T), int64
@@ -202,7 +203,7 @@ def mask_after_end(completion_ids: torch.Tensor, # (N, T)
     is_end = torch.isin(completion_ids, torch.tensor(ends, device=completion_ids.device))
     return ((is_end.cumsum(1) - is_end.long()) == 0).long()
 
-# %% ../nbs/10_sampling.ipynb #ddffeb9a
+# %% ../nbs/10_sampling.ipynb #e2c4b8b2
 class PolicySampler:
     "Draws completions from a policy."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the policy, or a frozen reference
@@ -243,14 +244,14 @@ class PolicySampler:
         repeated = prompts.take(torch.arange(len(prompts)).repeat_interleave(num_generations)).padded()
         return _generate(self.model, self.processor, repeated, max_new_tokens, temperature, seed, top_p)
 
-# %% ../nbs/10_sampling.ipynb #a67e1f30
+# %% ../nbs/10_sampling.ipynb #63e9a519
 def _answer_ids(processor: VLProcessor, answers: Sequence[str]) -> list[list[int]]:
     "Returns each answer's token ids; raises ValueError for an answer without tokens."
     ids = [processor.tokenizer.encode(a, add_special_tokens=False) for a in answers]
     if not all(ids): raise ValueError(f"answers {list(answers)!r}: an answer is empty; allowed: texts of at least one token")
     return ids
 
-# %% ../nbs/10_sampling.ipynb #4b62adfa
+# %% ../nbs/10_sampling.ipynb #ee9950b2
 def _split(rows: list[list[int]], members: list[int], image_token: int) -> list[tuple[int, list[int]]]: # how many tokens each part has in common, and who is in it
     "Returns sorted questions about one picture (or none), split so that the fewest tokens are left and every common beginning holds the picture."
     near = [len(commonprefix([rows[a], rows[b]])) for a, b in pairwise(members)]
@@ -266,7 +267,7 @@ def _split(rows: list[list[int]], members: list[int], image_token: int) -> list[
     thresholds = sorted(set(near))[:: max(1, len(set(near)) // 16)]  # a few will do: each takes time in proportion to the questions
     return min((split for split in map(parts, (*thresholds, float("inf"))) if all(whole(*p) for p in split)), key=tokens)
 
-# %% ../nbs/10_sampling.ipynb #649342d1
+# %% ../nbs/10_sampling.ipynb #df85bb11
 def share_beginnings(prompts: Prompts, # N questions
                     ) -> tuple[Prompts, torch.Tensor, torch.Tensor, torch.Tensor]: # K beginnings; (N,) which one a question has; its other tokens and their mask, (N, T) each
     "Returns the questions as groups, each of one picture or of none: a common beginning, and what follows it."
@@ -280,7 +281,7 @@ def share_beginnings(prompts: Prompts, # N questions
     beginnings = Prompts(tuple(h for h, _ in heads), prompts.pictures, tuple(p for _, p in heads), prompts.image_token_id, prompts.pad_token_id)
     return beginnings, torch.tensor(head_of), tail, mask
 
-# %% ../nbs/10_sampling.ipynb #a80b1571
+# %% ../nbs/10_sampling.ipynb #687f1d1a
 def _last_logps(model: "PreTrainedModel | PeftModel", hidden: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor: # (n, V) or (n, A), on the CPU
     "Returns the distribution of the token after each hidden state, banned tokens left out, or the wanted (n, A) of its values."
     scores = unwrapped(model).lm_head(hidden).float()
@@ -303,7 +304,7 @@ def next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
         kept, of = head_of[rows].unique(return_inverse=True)
         some = heads.take(kept)
         batch = pack_groups(model, some, of, tails[rows], mask[rows]).to(model.device)
-        hidden = forward_packed(model, batch, some, features(some.pictures) if features else encode_pictures(model, some.pictures))
+        hidden = forward_packed(model, batch, some, encode_pictures(model, some.pictures, features))
         for i, row in zip(rows.tolist(), _last_logps(model, hidden[batch.completion_slots.max(1).values], None if wanted is None else wanted[rows])): out[i] = row
     return torch.stack(out)
 
@@ -321,7 +322,7 @@ def plain_next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
         parts.append(_last_logps(model, unwrapped(model).model(**rows, use_cache=False).last_hidden_state[:, -1], None if wanted is None else wanted[index]))
     return torch.cat(parts)
 
-# %% ../nbs/10_sampling.ipynb #91a65419
+# %% ../nbs/10_sampling.ipynb #8beaadd7
 @torch.no_grad()
 def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
                   processor: VLProcessor, # its processor
@@ -349,7 +350,7 @@ def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
         for q, value in zip(question[part].tolist(), logps.sum(1).tolist()): scores[q].append(value)
     return scores
 
-# %% ../nbs/10_sampling.ipynb #f488b5c8
+# %% ../nbs/10_sampling.ipynb #1d01008a
 class PolicyJudge:
     "Answers reflection questions with a model's present weights; never with gradient."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the current policy (the paper's choice) or a frozen reference
