@@ -33,9 +33,10 @@ def sizes(form: str, P: int, G: int, R: int, counted: bool) -> tuple[float, floa
 
 
 def forward_cost(shape: Shape, case: Case, P: int, form: str = "shared", counted: bool = False, vision: bool = True) -> Cost:
-    "Returns one scoring pass without gradient over B groups."
-    tokens, pairs, copies = sizes(form, P, case.num_generations, case.completion_tokens, counted)
-    cost = shape.text(tokens, case.num_generations * case.completion_tokens, pairs)
+    "Returns one scoring pass without gradient over B groups; the shared form leaves out what nobody reads: all of a prompt but its last token, and each completion's last."
+    G, R = case.num_generations, case.completion_tokens
+    tokens, pairs, copies = sizes(form, P, G, R, counted)
+    cost = shape.text(tokens, G * R, pairs, unread=P - 1 + G if form == "shared" else 0)
     return (cost + shape.picture(case.side, case.side) * copies * vision) * case.prompts
 
 
@@ -55,7 +56,8 @@ def sampling_cost(shape: Shape, case: Case, P: int, form: str = "shared", counte
     G, R, half = case.num_generations, case.completion_tokens, 1 if counted else 0.5
     times = G if form == "repeated" else 1
     decoded = G * (R - 1) * P + G * (R - 1) * R / 2
-    return (shape.text(times * P + G * (R - 1), times + G * (R - 1), times * half * P**2 + decoded) + shape.picture(case.side, case.side) * times) * case.prompts
+    unread = P - 1 if form == "shared" else 0  # of a prompt only the last token speaks
+    return (shape.text(times * P + G * (R - 1), times + G * (R - 1), times * half * P**2 + decoded, unread) + shape.picture(case.side, case.side) * times) * case.prompts
 
 
 def step_cost(shape: Shape, case: Case, P: int, form: str = "shared", counted: bool = False) -> Cost:

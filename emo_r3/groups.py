@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'LOGITS_AT_ONCE', 'GroupBatch', 'prompt_positions', 'pack_groups', 'PackedAttention', 'shared_attention',
-           'text_model', 'encode_pictures', 'PictureFeatures', 'forward_packed', 'predicting_slots', 'group_logps',
-           'Cost', 'Shape', 'cut_groups', 'checkpointed']
+           'text_model', 'encode_pictures', 'PictureFeatures', 'last_layer_at', 'forward_packed', 'predicting_slots',
+           'group_logps', 'Cost', 'Shape', 'cut_groups', 'checkpointed']
 
 # %% ../nbs/09_groups.ipynb #69b7b5d0
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -169,20 +169,39 @@ class PictureFeatures:
     def clear(self) -> None: self.kept.clear()
 
 # %% ../nbs/09_groups.ipynb #b3f5ad97
+@contextmanager
+def last_layer_at(text: PreTrainedModel, # a language model
+                  slots: torch.Tensor, # (n,): tokens whose last state will be read
+                  length: int, # tokens in the row, S
+                 ) -> Iterator[None]:
+    "Lets the last layer's output projection and MLP work for some tokens alone, while the block lasts; the states of the others are then meaningless."
+    layer, hooks = text.layers[-1], []
+    chosen = lambda module, inputs: (inputs[0][:, slots],)
+    spread = lambda module, inputs, out: out.new_zeros(1, length, out.shape[-1]).index_copy(1, slots, out)
+    for part in (layer.self_attn.o_proj, layer.mlp): hooks += [part.register_forward_pre_hook(chosen), part.register_forward_hook(spread)]
+    try: yield
+    finally:
+        for hook in hooks: hook.remove()
+
+
 def forward_packed(model: "PreTrainedModel | PeftModel", # the policy
                    batch: GroupBatch, # S tokens
                    prompts: Prompts, # that were packed
                    features: Sequence[torch.Tensor], # of the prompts' pictures, each (tokens, hidden)
                    cache: DynamicCache | None = None, # filled with every layer's keys and values
-                  ) -> torch.Tensor: # (S, hidden)
-    "Returns the last hidden state of every token in the row."
-    text = text_model(model)
+                   wanted: torch.Tensor | None = None, # any shape: slots whose states are read; None: all S
+                  ) -> torch.Tensor: # (*wanted.shape, hidden)
+    "Returns the last hidden state of the tokens in the row."
+    text, S = text_model(model), len(batch.input_ids)
     embeds = text.get_input_embeddings()(batch.input_ids)  # (S, hidden)
     if shown := [features[p] for p in prompts.picture_of if p is not None]:
         if (slots := int((batch.input_ids == prompts.image_token_id).sum())) != (came := sum(map(len, shown))): raise ValueError(f"features: {came} vectors came for {slots} picture tokens")
         embeds = embeds.masked_scatter((batch.input_ids == prompts.image_token_id)[:, None], torch.cat(shown).to(embeds))
-    return text(inputs_embeds=embeds[None], position_ids=batch.position_ids[:, None], attention_mask={"full_attention": PackedAttention(batch)},
-                past_key_values=cache, use_cache=cache is not None).last_hidden_state[0]
+    few = wanted is not None and not torch.is_grad_enabled()  # with gradient a layer may run again in the backward pass, after the block
+    with last_layer_at(text, wanted.unique(), S) if few else nullcontext():
+        out = text(inputs_embeds=embeds[None], position_ids=batch.position_ids[:, None], attention_mask={"full_attention": PackedAttention(batch)},
+                   past_key_values=cache, use_cache=cache is not None)
+    return out.last_hidden_state[0] if wanted is None else out.last_hidden_state[0, wanted]
 
 # %% ../nbs/09_groups.ipynb #c7dc77ff
 LOGITS_AT_ONCE = 2**27  # numbers; 0.5 GB in single precision
@@ -215,9 +234,9 @@ def group_logps(model: "PreTrainedModel | PeftModel", # any Qwen2.5-VL policy: f
                ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: # (N, T), in nats; 0 outside the mask
     "Returns what `completion_logps` returns for the repeated prompts, each prompt and picture read once; raises as `pack_groups` does."
     batch = pack_groups(model, prompts, prompt_of, completion_ids, completion_mask).to(model.device)
-    hidden = forward_packed(model, batch, prompts, encode_pictures(model, prompts.pictures, features))
     real = batch.completion_slots >= 0  # (N, T'), T' the longest completion
-    values = _chunked_head(unwrapped(model), hidden[predicting_slots(batch)[real]], batch.input_ids[batch.completion_slots[real]], temperature, with_entropy)
+    hidden = forward_packed(model, batch, prompts, encode_pictures(model, prompts.pictures, features), wanted=predicting_slots(batch)[real])  # (n, hidden)
+    values = _chunked_head(unwrapped(model), hidden, batch.input_ids[batch.completion_slots[real]], temperature, with_entropy)
     spread = [v.new_zeros(completion_ids.shape).masked_scatter(completion_mask.bool().to(v.device), v) for v in values]
     return tuple(spread) if with_entropy else spread[0]
 
@@ -264,9 +283,13 @@ class Shape:
     def N_b(self) -> int:  # the text blocks' weights in matrix products
         return self.L * (2 * self.h * self.n_h * self.d + 2 * self.h * self.n_kv * self.d + 3 * self.h * self.i)
 
-    def text(self, tokens: float, scored: float, pairs: float) -> Cost: # pairs: of query and key, a head and layer
-        "2 N_b n + 2 V h m, and 4 L n_h d for every pair of query and key."
-        return Cost(2 * self.N_b * tokens + 2 * self.V * self.h * scored, 4 * self.L * self.n_h * self.d * pairs)
+    @property
+    def N_last(self) -> int:  # of them, those that a token whose last state nobody reads need not meet: the last block's output projection and MLP
+        return self.h * self.n_h * self.d + 3 * self.h * self.i
+
+    def text(self, tokens: float, scored: float, pairs: float, unread: float = 0) -> Cost: # pairs: of query and key, a head and layer
+        "2 N_b n - 2 N_last u + 2 V h m, and 4 L n_h d for every pair of query and key."
+        return Cost(2 * self.N_b * tokens - 2 * self.N_last * unread + 2 * self.V * self.h * scored, 4 * self.L * self.n_h * self.d * pairs)
 
     def picture(self, rows: int, columns: int) -> Cost: # of image tokens
         "One forward pass of the vision tower over a picture."

@@ -129,10 +129,10 @@ def prefill(model: "PreTrainedModel | PeftModel", # the policy
     "Returns what the text model makes of the prompts, each and each picture read once."
     none = torch.zeros(0, 0, dtype=torch.long)
     batch, cache = pack_groups(model, prompts, none.flatten(), none, none).to(model.device), DynamicCache(config=text_model(model).config)
-    hidden = forward_packed(model, batch, prompts, encode_pictures(model, prompts.pictures, features), cache)
+    hidden = forward_packed(model, batch, prompts, encode_pictures(model, prompts.pictures, features), cache, wanted=batch.prompt_slots.max(1).values)  # (K, hidden)
     slots, real = batch.prompt_slots.clamp(min=0), batch.prompt_slots >= 0
     per_prompt = lambda x: x[0][:, slots].transpose(0, 1)  # (K, key heads, P, d)
-    return Prefix([per_prompt(l.keys).to(l.values.dtype) for l in cache.layers], [per_prompt(l.values) for l in cache.layers], real, batch.next_position, hidden[batch.prompt_slots.max(1).values])
+    return Prefix([per_prompt(l.keys).to(l.values.dtype) for l in cache.layers], [per_prompt(l.values) for l in cache.layers], real, batch.next_position, hidden)
 
 # %% ../nbs/10_sampling.ipynb #cdfb89e0
 class DecodeAttention:
@@ -304,8 +304,8 @@ def next_token_logps(model: "PreTrainedModel | PeftModel", # who is asked
         kept, of = head_of[rows].unique(return_inverse=True)
         some = heads.take(kept)
         batch = pack_groups(model, some, of, tails[rows], mask[rows]).to(model.device)
-        hidden = forward_packed(model, batch, some, encode_pictures(model, some.pictures, features))
-        for i, row in zip(rows.tolist(), _last_logps(model, hidden[batch.completion_slots.max(1).values], None if wanted is None else wanted[rows])): out[i] = row
+        hidden = forward_packed(model, batch, some, encode_pictures(model, some.pictures, features), wanted=batch.completion_slots.max(1).values)  # (n, hidden)
+        for i, row in zip(rows.tolist(), _last_logps(model, hidden, None if wanted is None else wanted[rows])): out[i] = row
     return torch.stack(out)
 
 

@@ -77,6 +77,27 @@ def test_any_order_of_completions_and_any_share_of_them(full, g):
         torch.testing.assert_close(idle, whole[:1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_layer_works_only_for_the_states_that_are_read(kind, g):
+    model = policy(kind)
+    batch = pack_groups(model, *g.shared)
+    features = [f.detach() for f in encode_pictures(model, g.prompts.pictures)]
+    wanted = predicting_slots(batch)[batch.completion_slots >= 0]
+    tail, rows = unwrapped(model).model.language_model.layers[-1].mlp.down_proj, []
+    watch = tail.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].numel() // inputs[0].shape[-1]))
+    with torch.no_grad():
+        whole = forward_packed(model, batch, g.prompts, features)[wanted]
+        few = forward_packed(model, batch, g.prompts, features, wanted=wanted)
+        again = forward_packed(model, batch, g.prompts, features)[wanted]
+    learning = forward_packed(model, batch, g.prompts, features, wanted=wanted)  # with gradient every token goes all the way
+    watch.remove()
+    S, n = len(batch.input_ids), len(wanted.unique())
+    assert rows == [S, n, S, S] and n < S / 2
+    assert (few - whole).abs().max() < 2e-5 * whole.abs().max() and torch.equal(again, whole) and (learning - whole).abs().max() < 2e-5 * whole.abs().max()
+    with torch.no_grad(), emo_r3.groups.last_layer_at(unwrapped(model).model.language_model, wanted.unique() - 1, S):  # the wrong tokens: seen
+        assert (forward_packed(model, batch, g.prompts, features)[wanted] - whole).abs().max() > 1e-2 * whole.abs().max()
+
+
 def test_completions_without_a_prompt_are_refused(full, g):
     for prompt_of in (g.prompt_of[:4], g.prompt_of + 1, g.prompt_of - 1):
         with pytest.raises(ValueError, match="allowed: for each of 9 completions a prompt from 0 to 4"): group_logps(full, g.prompts, prompt_of, g.ids, g.mask)
