@@ -50,7 +50,7 @@ bench-check: env
 
 bench: bench-check
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py
-	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --whole --prompt-tokens 148 --completion-tokens 64,96 --output flops_whole_step
+	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --whole --output flops_whole_step
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/step.py --groups 4,8,16
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/reflection.py
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/forms.py

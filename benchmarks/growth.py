@@ -1,6 +1,6 @@
 """How an update and a step grow: time, operations and memory against G, prompt tokens, completion tokens and picture size, one at a time from one case in the middle.
 
-    python benchmarks/growth.py                       # ours fast and plain; some twenty minutes
+    python benchmarks/growth.py                       # ours fast and plain; some forty minutes
     python benchmarks/growth.py --contenders fast,plain,trl --repeats 5
     python benchmarks/growth.py --axes G --values 2,4,8
 
@@ -21,8 +21,8 @@ from flops import prompt_length, shape_of, step_cost, update_cost
 
 warnings.filterwarnings("ignore")
 MIDDLE = Case(prompts=1, num_generations=8, prompt_tokens=148, completion_tokens=64)
-AXES = {"G": ("num_generations", [2, 8, 32]), "prompt tokens": ("prompt_tokens", [130, 500, 2000]),
-        "completion tokens": ("completion_tokens", [16, 64, 256]), "image tokens": ("side", [4, 16, 32])}
+AXES = {"G": ("num_generations", [2, 4, 8, 16, 32]), "prompt tokens": ("prompt_tokens", [130, 250, 500, 1000, 2000]),
+        "completion tokens": ("completion_tokens", [16, 32, 64, 128, 256]), "image tokens": ("side", [4, 8, 16, 32])}
 
 
 def at(axis: str, value: int) -> Case:
