@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'EVAL_SEED', 'recipe_names', 'read_mapping', 'read_recipe', 'field_value', 'parse_option', 'run_config',
            'RunData', 'eval_scenes', 'run_data', 'Measure', 'load_pair', 'check_writable', 'run', 'train_options',
-           'free_folder', 'interrupted', 'train_command', 'asking_options', 'read_asking', 'evaluate_options',
+           'run_folder', 'interrupted', 'train_command', 'asking_options', 'read_asking', 'evaluate_options',
            'eval_data', 'evaluate_command', 'predict_options', 'predict_command', 'report_options', 'report_command',
            'tidy', 'parse', 'main']
 
@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -186,6 +186,15 @@ class Measure:
                                   for domain, examples in (self.data.during if during else self.data.test).items()}
         return {domain: report.to_dict() for domain, report in self.reports[when].items()}
 
+    def kept_state(self) -> dict:
+        "Returns what a run that is resumed cannot measure again: every completion graded before the first step."
+        return {domain: {"method": r.method, "mode": r.mode, "predictions": [asdict(g) for g in r.predictions]} for domain, r in self.reports.get("before", {}).items()}
+
+    def set_kept_state(self, state: Mapping) -> None:
+        "Takes it back."
+        from emo_r3.evaluate import EvalReport, Graded
+        if state: self.reports["before"] = {domain: EvalReport(tuple(Graded(**g) for g in r["predictions"]), self.data.test[domain][0].label_set, r["method"], r["mode"]) for domain, r in state.items()}
+
 # %% ../nbs/18_cli.ipynb #33e7ca88
 def load_pair(policy: str, # "embedded", a folder, or a hub id
               dtype: str = "float32", # of the weights
@@ -211,12 +220,15 @@ def check_writable(path: Path, # a folder or file to be written
 
 # %% ../nbs/18_cli.ipynb #4b89c4ed
 def run(config: "TrainConfig", # every choice
-        output_dir: str | Path, # the run's folder, new or empty
+        output_dir: str | Path, # the run's folder: new, empty, or that of a run to be finished
         recipe: str = "", # its name, for summary and report
+        resume: str = "auto", # "auto", "never", or a checkpoint's folder
+        accept_changes: bool = False, # resume under another configuration
        ) -> Path: # the report's page
-    "Trains, evaluates before and after, prints the difference as a table, writes the report; raises ValueError or OSError for what cannot work."
-    from emo_r3.train import check_run_folder, train
-    check_writable(check_run_folder(output_dir), "output_dir")
+    "Trains, evaluates before and after, prints the difference as a table, writes the report; raises ValueError or OSError for what cannot work, Stopped where a signal ended it."
+    from emo_r3.train import check_start, train
+    check_start(output_dir, resume)
+    check_writable(Path(output_dir), "output_dir")
     data = run_data(config)
     from emo_r3.evaluate import before_after_table, compare
     from emo_r3.explore import RunReport
@@ -231,7 +243,7 @@ def run(config: "TrainConfig", # every choice
     frozen = reference(policy) if config.method in WITH_STEPS else None  # judges steps before and after; without steps the trainer copies only if it needs to
     measure = Measure(config, data, processor, PolicyJudge(frozen, processor, adapter=False) if frozen is not None else None)
     paired = lambda: {"comparison": {domain: compare(before, measure.reports["after"][domain]).to_dict() for domain, before in measure.reports["before"].items()}}
-    train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe, conclude=paired)
+    train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe, conclude=paired, resume=resume, accept_changes=accept_changes)
     print(before_after_table(measure.reports["before"], measure.reports["after"]))
     return RunReport(output_dir).write()
 
@@ -247,10 +259,12 @@ def _shown(value: object) -> str: return value if isinstance(value, str) else js
 def train_options(parser: argparse.ArgumentParser) -> None:
     "Adds the recipe, the output folder and every field of TrainConfig."
     from emo_r3.train import TrainConfig
-    parser.usage = "emo-r3 train [-h] [--output-dir DIR] [--FIELD VALUE ...] RECIPE"
+    parser.usage = "emo-r3 train [-h] [--output-dir DIR] [--resume HOW] [--FIELD VALUE ...] RECIPE"
     parser.description += " The defaults below are those of the full-scale run; a recipe replaces some, and options replace both."
     parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(recipe_names())}, or the path of a YAML file")
-    parser.add_argument("--output-dir", metavar="DIR", help="the run's folder, new or empty (default: runs/RECIPE-METHOD-seedN)")
+    parser.add_argument("--output-dir", metavar="DIR", help="the run's folder: new, empty, or that of a run to be finished (default: runs/RECIPE-METHOD-seedN)")
+    parser.add_argument("--resume", metavar="HOW", default="auto", help="auto: go on where the run in its folder stopped, if it was not finished; never: a new run; or a checkpoint's folder, to branch off from (default: auto)")
+    parser.add_argument("--accept-changes", action="store_true", help="go on under another configuration than the checkpoint's")
     for f in fields(TrainConfig):
         if f.name in _GROUPS: group = parser.add_argument_group(_GROUPS[f.name])
         default = f.default if f.default is not MISSING else f.default_factory()
@@ -258,31 +272,37 @@ def train_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{f.name.replace('_', '-')}", metavar=_METAVARS[_plain(f.type)[0]], default=argparse.SUPPRESS, help=text)
 
 # %% ../nbs/18_cli.ipynb #8899dc09
-def free_folder(wanted: Path, # where a run would go
-               ) -> Path: # it, or the first of wanted-2, wanted-3 ... that does not exist
-    "Returns a folder that does not exist yet."
-    folder, n = wanted, 1
-    while folder.exists(): folder, n = wanted.with_name(f"{wanted.name}-{n + 1}"), n + 1
-    return folder
+def run_folder(wanted: Path, # where a run would go
+               resume: str = "auto", # as for `run`
+              ) -> Path: # it, or wanted-2, wanted-3 ...
+    "Returns the last folder of that name, if it holds a run that can be gone on with, or else one that does not exist yet."
+    from emo_r3.checkpoint import checkpoints
+    folder, last, n = wanted, None, 1
+    while folder.exists(): folder, last, n = wanted.with_name(f"{wanted.name}-{n + 1}"), folder, n + 1
+    unfinished = resume == "auto" and last is not None and not (last / "summary.json").exists() and checkpoints(last / "checkpoints")
+    return last if unfinished else folder
 
 # %% ../nbs/18_cli.ipynb #54813cd2
 def interrupted(folder: Path, # of the run
                ) -> str:
-    "Returns what to tell whoever stopped a run: how far it came, and what its folder lacks."
-    log = folder / "metrics.jsonl"
-    steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines() if '"reward"' in line] if log.is_file() else []
-    lacking = " and no ".join(name for name in ("policy", "summary.json") if not (folder / name).exists())
-    if not lacking: return f"interrupted after the run was finished; 'emo-r3 report {folder}' writes its page"
-    return f"interrupted {f'after step {steps[-1]}' if steps else 'before the first step was done'}; {folder} holds no {lacking}, so it is no finished run"
+    "Returns what to tell whoever stopped a run: how far it came, and how to go on."
+    from emo_r3.checkpoint import checkpoints
+    if (folder / "summary.json").exists(): return f"stopped after the run was finished; 'emo-r3 report {folder}' writes its page"
+    if there := checkpoints(folder / "checkpoints"): return f"stopped; {folder} is not finished, and the same command goes on from {there[-1].relative_to(folder)}"
+    return f"stopped; {folder} is not finished, and holds no checkpoint to go on from"
 
 # %% ../nbs/18_cli.ipynb #5224883f
 def train_command(args: argparse.Namespace) -> None:
     "Train a policy; shows progress, then a table of before and after, and last the path of the report."
-    given = {name: value for name, value in vars(args).items() if name not in ("command", "recipe", "output_dir")}
+    given = {name: value for name, value in vars(args).items() if name not in ("command", "recipe", "output_dir", "resume", "accept_changes")}
     name, config = run_config(args.recipe, given)
-    folder = Path(args.output_dir) if args.output_dir else free_folder(Path("runs") / f"{name}-{config.method}-seed{config.seed}")
-    try: print(run(config, folder, name))
-    except KeyboardInterrupt as stop: raise KeyboardInterrupt(interrupted(folder)) from stop
+    from emo_r3.checkpoint import Stopped, StopSignals
+    folder = Path(args.output_dir) if args.output_dir else run_folder(Path("runs") / f"{name}-{config.method}-seed{config.seed}", args.resume)
+    try:
+        with StopSignals() as stop, stop.at_once(): print(run(config, folder, name, args.resume, args.accept_changes))
+    except Stopped:
+        print(f"emo-r3: {interrupted(folder)}", file=sys.stderr)
+        raise
 
 # %% ../nbs/18_cli.ipynb #9a27ad6e
 def asking_options(parser: argparse.ArgumentParser) -> None:
@@ -428,13 +448,13 @@ def parse(argv: Sequence[str], # command and options
 
 # %% ../nbs/18_cli.ipynb #e052cc9c
 def main(argv: Sequence[str] | None = None, # command and options; None: those of the process
-        ) -> int: # the exit code: 0, 2 for an error, 130 when interrupted
+        ) -> int: # the exit code: 0, 2 for an error, 130 after Ctrl-C, 143 after SIGTERM
     "Runs one command. An error is one line on stderr; EMO_R3_DEBUG=1 shows where it came from."
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         _COMMANDS[args.command][1](args)
         return 0
-    except SystemExit as done: return done.code or 0  # --help and --version
+    except SystemExit as done: return done.code or 0  # --help, --version, and a run that was stopped
     except KeyboardInterrupt as stop: line, code = str(stop) or "interrupted", 130
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("EMO_R3_DEBUG") == "1": raise

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDED_POLICY', 'BASE_FILE', 'LORA_LAYERS', 'policy_path', 'load_policy', 'VLProcessor', 'load_processor',
            'as_plain_text', 'Picture', 'Prompts', 'encode_prompts', 'banned_tokens', 'has_adapter', 'unwrapped',
-           'logits_to_logps', 'completion_logps', 'add_lora', 'reference', 'as_reference', 'staged_folder',
+           'logits_to_logps', 'completion_logps', 'add_lora', 'reference', 'as_reference', 'sync', 'staged_folder',
            'save_policy']
 
 # %% ../nbs/08_policy.ipynb #fb9cf2eb
@@ -301,18 +301,29 @@ def as_reference(model: "PreTrainedModel | PeftModel", # from `reference`
         with model.disable_adapter(): yield model
 
 # %% ../nbs/08_policy.ipynb #0f79f3b6
+def sync(path: Path) -> None:
+    "Returns when what a file holds, or what a folder lists, is on the disk."
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+
 @contextmanager
 def staged_folder(target: Path, # the folder that should appear, whole or not at all
-                 ):
+                 ) -> Iterator[Path]:
     "Yields a staging folder that takes the target's place when the block ends well, and vanishes when it does not."
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    staging, old = (target.with_name(f".{target.name}.partial-{os.getpid()}{mark}") for mark in ("", "-old"))
     staging.mkdir(parents=True)
     try:
         yield staging
-        if target.exists(): shutil.rmtree(target)
+        for path in (*staging.rglob("*"), staging): sync(path)
+        if target.exists(): target.rename(old)
         staging.rename(target)
+        sync(target.parent)  # the new name too
     finally:
-        if staging.exists(): shutil.rmtree(staging)
+        if old.exists() and not target.exists(): old.rename(target)
+        for left in (staging, old):
+            if left.exists(): shutil.rmtree(left)
 
 
 def save_policy(model: PreTrainedModel, # what to save

@@ -16,7 +16,8 @@ from typing import Protocol
 from .data import EmotionExample, did_you_mean
 from .parsing import SETCompletion
 from .prompts import DEFAULT_TEMPLATES, Messages, PromptTemplates, coherence_messages, consistency_messages
-from .rewards import RewardWeights, coherence_reward, consistency_reward, format_reward, parse_coherence, parse_consistency
+from .rewards import (RewardWeights, as_number, call_guarded, check_timeout, coherence_reward, consistency_reward, format_reward, is_row,
+                            parse_coherence, parse_consistency)
 from .scenes import is_grounded
 
 # %% ../nbs/05_reflection.ipynb #d3493d2f
@@ -125,6 +126,22 @@ def _questions(
     return consistency, coherence
 
 # %% ../nbs/05_reflection.ipynb #d56fbf3c
+def _ask(
+    judge: Judge,
+    method: str,  # "score" or "generate"
+    arguments: tuple,  # what the method is called with
+    about: Sequence[str],  # what each question is about, for errors
+    timeout_s: float | None,  # longest wait, seconds; None: no limit
+) -> object:
+    "What the judge answers. Raises UserCodeError, naming judge, method and questions, where it fails or does not come back in time."
+    def answer(*arguments):
+        came = getattr(judge, method)(*arguments)
+        return list(came) if is_row(came) else came  # here, under guard: a row may do its work only when it is read
+
+    span = about[0] if len(about) == 1 else f"{len(about)} questions, {about[0]} to {about[-1]}"
+    return call_guarded(answer, *arguments, who=f"judge {type(judge).__name__}.{method}", about=span, timeout_s=timeout_s)
+
+# %% ../nbs/05_reflection.ipynb #53a4e2a0
 def _checked_scores(
     judge: Judge,  # named in errors
     came: object,  # what its `score` returned
@@ -134,8 +151,10 @@ def _checked_scores(
     "The log-probabilities as plain floats. Raises ValueError for a wrong shape, and for values that are not finite."
     who = f"judge {type(judge).__name__}.score"
     try:
-        rows = [[float(value) for value in row] for row in came]
-    except (TypeError, ValueError) as error:
+        if not is_row(came) or not all(is_row(row) for row in came):
+            raise TypeError("a row of rows was expected")
+        rows = [[as_number(value) for value in row] for row in came]
+    except Exception as error:  # somebody's own type may raise anything
         raise ValueError(f"{who}: got {reprlib.repr(came)}; expected for each question a list of log-probabilities") from error
     if len(rows) != len(answers):
         raise ValueError(f"{who}: {len(rows)} answers came to {len(answers)} questions, the first {about[0]}")
@@ -158,6 +177,7 @@ def _score_each_once(
     questions: Sequence[Messages],  # n questions, of which some may be the same
     answers: Sequence[Sequence[str]],  # n lists of what could be answered
     about: Sequence[str],  # what each question is about, for errors
+    timeout_s: float | None = None,  # longest wait for the judge, seconds; None: no limit
 ) -> list[list[float]]:
     "The log-probabilities of each question's answers; the same picture with the same text is asked about once."
     keys = [_question_key(q, a) for q, a in zip(questions, answers)]
@@ -165,9 +185,9 @@ def _score_each_once(
     for i, key in enumerate(keys):
         first.setdefault(key, i)
     chosen = list(first.values())
-    options = [list(answers[i]) for i in chosen]
-    came = judge.score([questions[i] for i in chosen], options)
-    rows = dict(zip(first, _checked_scores(judge, came, options, [about[i] for i in chosen])))
+    options, named = [list(answers[i]) for i in chosen], [about[i] for i in chosen]
+    came = _ask(judge, "score", ([questions[i] for i in chosen], options), named, timeout_s)
+    rows = dict(zip(first, _checked_scores(judge, came, options, named)))
     return [rows[key] for key in keys]
 
 # %% ../nbs/05_reflection.ipynb #d78fe293
@@ -175,10 +195,11 @@ def _write_each(
     judge: Judge,
     questions: Sequence[Messages],  # n questions
     about: Sequence[str],  # what each question is about, for errors
+    timeout_s: float | None = None,  # longest wait for the judge, seconds; None: no limit
 ) -> list[str]:
     "One written answer a question. Raises ValueError for a wrong number of them, and for answers that are not text."
-    came, who = judge.generate(questions), f"judge {type(judge).__name__}.generate"
-    if isinstance(came, str) or not hasattr(came, "__len__") or len(came) != len(questions):
+    came, who = _ask(judge, "generate", (questions,), about, timeout_s), f"judge {type(judge).__name__}.generate"
+    if not is_row(came) or len(came) != len(questions):
         raise ValueError(f"{who}: got {reprlib.repr(came)}; expected a list of {len(questions)} texts, one a question, the first {about[0]}")
     for text, name in zip(came, about):
         if not isinstance(text, str):
@@ -189,7 +210,8 @@ def _write_each(
 MODES = ("score", "generate")
 
 
-def _check_reflect(completions, examples, judge, mode) -> None:
+def _check_reflect(completions, examples, judge, mode, timeout_s) -> None:
+    check_timeout("timeout_s", timeout_s)
     if mode not in MODES:
         raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(MODES)}{did_you_mean(mode, MODES)}")
     if len(completions) != len(examples):
@@ -199,14 +221,14 @@ def _check_reflect(completions, examples, judge, mode) -> None:
 
 # %% ../nbs/05_reflection.ipynb #a812601b
 def _verdicts(judge: Judge, mode: str, questions: tuple[list[Messages], list[Messages]], examples: Sequence[EmotionExample],
-              names: Sequence[str], weights: RewardWeights) -> list[ReflectionVerdict]:
+              names: Sequence[str], weights: RewardWeights, timeout_s: float | None) -> list[ReflectionVerdict]:
     "A verdict for each pair of questions; n of everything, n > 0."
     about = [[f"{kind} of {name}" for name in names] for kind in ("consistency", "coherence")]
     if mode == "generate":
-        said, felt = (_write_each(judge, q, a) for q, a in zip(questions, about))
+        said, felt = (_write_each(judge, q, a, timeout_s) for q, a in zip(questions, about))
         return [written_verdict(s, f, x, weights) for s, f, x in zip(said, felt, examples)]
     answers = [YES_NO] * len(examples), [x.label_set.labels for x in examples]
-    said, felt = (_score_each_once(judge, q, o, a) for q, o, a in zip(questions, answers, about))
+    said, felt = (_score_each_once(judge, q, o, a, timeout_s) for q, o, a in zip(questions, answers, about))
     return [score_verdict(s, f, x, weights) for s, f, x in zip(said, felt, examples)]
 
 # %% ../nbs/05_reflection.ipynb #de52c7ce
@@ -217,15 +239,19 @@ def reflect(
     weights: RewardWeights = RewardWeights(),  # what a verdict pays, what is malformed, and how steps are shown
     mode: str = "score",  # "score" (compare the answers' probabilities) or "generate" (read written answers, as the paper does)
     templates: PromptTemplates = DEFAULT_TEMPLATES,  # holds both questions
+    timeout_s: float | None = None,  # longest wait for one call of the judge, seconds; None: no limit, and no thread, as a model in this process needs it
 ) -> list[ReflectionVerdict]:
-    "A verdict for each completion (Sec. 3.3, Eq. 5). Raises ValueError for an unknown mode, examples that do not match, and for what no judge may answer."
-    _check_reflect(completions, examples, judge, mode)
+    """A verdict for each completion (Sec. 3.3, Eq. 5).
+
+    Raises ValueError for an unknown mode, examples that do not match, and for what no judge may answer; UserCodeError, a kind of it, where the judge
+    raises (running out of memory, interrupts and exits pass as they are) or does not come back in time."""
+    _check_reflect(completions, examples, judge, mode, timeout_s)
     steps = [reflected_steps(c, weights) for c in completions]
     asked = [i for i, s in enumerate(steps) if s is not None]
     those = [examples[i] for i in asked]
     names = [f"completion {i} (example {examples[i].id!r})" for i in asked]
     questions = _questions([steps[i] for i in asked], those, templates)
-    found = dict(zip(asked, _verdicts(judge, mode, questions, those, names, weights))) if asked else {}
+    found = dict(zip(asked, _verdicts(judge, mode, questions, those, names, weights, timeout_s))) if asked else {}
     unasked = ReflectionVerdict(weights.unparseable, weights.unparseable)
     return [found.get(i, unasked) for i in range(len(completions))]
 

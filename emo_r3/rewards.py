@@ -5,15 +5,23 @@
 # %% auto #0
 __all__ = ['RewardWeights', 'format_reward', 'accuracy_reward', 'parse_consistency', 'parse_coherence', 'consistency_reward',
            'coherence_reward', 'reflective_reward', 'overall_reward', 'RewardRecord', 'reward_completion',
-           'reward_shares']
+           'reward_shares', 'extra_share', 'UserCodeError', 'check_timeout', 'call_guarded', 'ExtraReward', 'is_row',
+           'as_number', 'extra_rewards']
 
 # %% ../nbs/04_rewards.ipynb #98cf0804
+import contextvars
+import math
 import re
+import reprlib
+import threading
+import time
 import unicodedata
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
+from typing import Any
 
-from .data import LabelSet, check_choice
+from .data import EmotionExample, LabelSet, check_choice
 from .parsing import SETCompletion, extract_boxed, match_label
 from .prompts import METHODS
 
@@ -214,9 +222,22 @@ class RewardRecord:
     consistency: float  # R_cons
     coherence: float  # R_coh
     reflective: float  # R_RER (Eq. 5), up to 2 under `released`
-    overall: float  # R (Eq. 6), what the advantages are made of
+    overall: float  # R (Eq. 6) and what `extra` adds to it; what the advantages are made of
+    extra: Mapping[str, float] = field(default_factory=dict, hash=False)  # rewards of your own by name, without their weights
 
 # %% ../nbs/04_rewards.ipynb #870d239e
+_MOST_ADDED = 1e5  # weight * value of an extra reward, either way
+
+
+def _fault(weight: float, value: float) -> str:
+    "What is wrong with the value of an extra reward, or ''."
+    if not isinstance(value, Real) or not math.isfinite(value):
+        return f"got {value!r}; allowed: a finite number"
+    if not abs(weight * value) <= _MOST_ADDED:  # also where the weight is NaN
+        return f"got {value!r}, which with weight {weight!r} adds {weight * value:g}; allowed: to add from -{_MOST_ADDED:g} to {_MOST_ADDED:g}"
+    return ""
+
+# %% ../nbs/04_rewards.ipynb #eb0663e4
 def reward_completion(
     completion: SETCompletion,  # a parsed completion
     label: str,  # the annotated emotion E*
@@ -225,22 +246,27 @@ def reward_completion(
     *,
     consistency: float | None = None,  # R_cons, 0 to 1; None: not asked, earns `weights.unparseable`
     coherence: float | None = None,  # R_coh, 0 to 1; None: not asked, earns `weights.unparseable`
+    extra: Mapping[str, tuple[float, float]] | None = None,  # rewards of your own: name -> (weight, value), added behind Eq. 6
 ) -> RewardRecord:
-    "All rewards of one completion, given what reflection said about it (Eqs. 5 and 6). Raises ValueError for a reward outside 0 to 1."
+    "All rewards of one completion, given what reflection said about it (Eqs. 5 and 6). Raises ValueError for a reward outside 0 to 1, and for an extra one that is not finite."
     accuracy = accuracy_reward(completion.answer, label, label_set, weights)
     format = format_reward(completion, weights)
     consistency = weights.unparseable if consistency is None else consistency
     coherence = weights.unparseable if coherence is None else coherence
     reflective = reflective_reward(consistency, coherence, weights)
-    overall = overall_reward(accuracy, format, consistency, coherence, weights)
-    return RewardRecord(format, accuracy, float(consistency), float(coherence), reflective, overall)
+    overall, own = overall_reward(accuracy, format, consistency, coherence, weights), {}
+    for name, (weight, value) in (extra or {}).items():
+        if fault := _fault(weight, value):
+            raise ValueError(f"extra reward {name}: {fault}")
+        own[name], overall = float(value), overall + float(weight * value)
+    return RewardRecord(format, accuracy, float(consistency), float(coherence), reflective, round(overall, 12), own)
 
 # %% ../nbs/04_rewards.ipynb #0d9e6760
 def reward_shares(
     record: RewardRecord,
     weights: RewardWeights = RewardWeights(),  # the ones that the record was made with
 ) -> dict[str, float]:
-    "What accuracy, consistency, coherence and format contribute to `record.overall`, in reward; they add up to it (Eq. 6)."
+    "What accuracy, consistency, coherence and format contribute to `record.overall`, in reward; they add up to Eq. 6, and `extra_share` is the rest."
     each = weights.lambda_reflective / (2 if weights.reflective == "mean" else 1)
     return {
         "accuracy": weights.lambda_accuracy * record.accuracy,
@@ -248,3 +274,180 @@ def reward_shares(
         "coherence": each * record.coherence,
         "format": weights.lambda_format * record.format,
     }
+
+
+def extra_share(
+    record: RewardRecord,
+    weights: RewardWeights = RewardWeights(),  # the ones that the record was made with
+) -> float:
+    "What rewards of your own contribute to `record.overall`, all together: what Eq. 6 leaves of it."
+    return round(record.overall - sum(reward_shares(record, weights).values()), 12)
+
+# %% ../nbs/04_rewards.ipynb #8a86b412
+class UserCodeError(ValueError):
+    "Raised where a reward function or a judge fails, never comes back or returns what is no reward; the message names it and what it was asked about."
+
+
+def check_timeout(
+    name: str,  # what it is called, for the message
+    value: object,  # seconds, or None
+) -> None:
+    "Raises ValueError unless the value is None or a finite number of seconds above 0."
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < math.inf):
+        raise ValueError(f"{name}: got {value!r}; allowed: a number of seconds above 0, or None for no limit")
+
+# %% ../nbs/04_rewards.ipynb #646ae839
+_SLICE_S = 0.1
+
+
+def _outcome(function: Callable, arguments: tuple) -> tuple[Any, BaseException | None]:
+    "What came back, and what was raised instead."
+    try:
+        return function(*arguments), None
+    except BaseException as error:
+        return None, error
+
+
+def _outcome_in_thread(function: Callable, arguments: tuple, timeout_s: float) -> tuple[Any, BaseException | None] | None:
+    "The same from a daemon thread, under the caller's context variables; None if nothing came back in time."
+    outcome, done, context = [], threading.Event(), contextvars.copy_context()
+
+    def work():
+        outcome.append(_outcome(context.run, (function, *arguments)))
+        done.set()
+
+    end = time.monotonic() + timeout_s
+    threading.Thread(target=work, daemon=True).start()
+    while not done.is_set() and (left := end - time.monotonic()) > 0:
+        done.wait(min(_SLICE_S, left))
+    return outcome.pop() if outcome else None  # popped, so that an error's traceback and this list do not hold each other
+
+# %% ../nbs/04_rewards.ipynb #58a51e75
+def _text(error: BaseException) -> str:
+    "Type and text of an error on one line, shortened."
+    try:
+        said = " ".join(str(error).split())
+    except Exception:  # an error whose text cannot be had is still an error
+        said = ""
+    name = type(error).__name__
+    return f"{name}: {said if len(said) <= 300 else said[:300] + ' ...'}" if said else name
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+
+# %% ../nbs/04_rewards.ipynb #9b9c0c77
+def call_guarded(
+    function: Callable,  # somebody's code
+    *arguments: Any,  # what it is called with
+    who: str,  # whose code it is, for errors: "reward function brevity"
+    about: str,  # what it is asked about, for errors
+    timeout_s: float | None,  # longest wait, seconds; None: no limit, and no thread, for code that depends on thread-local state
+) -> Any:
+    """What the function returns. Raises UserCodeError, with its cause, where it raises or does not come back in time; out of memory, interrupts and exits pass as they are.
+
+    A call that came too late is left to itself and ends with the process."""
+    check_timeout(f"{who}: timeout_s", timeout_s)
+    outcome = _outcome(function, arguments) if timeout_s is None else _outcome_in_thread(function, arguments, timeout_s)
+    if outcome is None:
+        raise UserCodeError(f"{who} has not come back after {timeout_s:g} s, asked about {about}; timeout_s = {timeout_s:g} is how long it may take")
+    came, error = outcome
+    try:
+        if error is None:
+            return came
+        if _out_of_memory(error):
+            error.add_note(f"{who} was at work, asked about {about}")
+        if not isinstance(error, Exception) or isinstance(error, UserCodeError) or _out_of_memory(error):
+            raise error
+        raise UserCodeError(f"{who} failed, asked about {about}: {_text(error)}") from error
+    finally:
+        del outcome, error  # else this frame and the error's traceback hold each other, and what the failed call had in memory
+
+# %% ../nbs/04_rewards.ipynb #7a5e792e
+_OWN_REWARDS = ("overall", "accuracy", "format", "consistency", "coherence", "reflective")
+
+
+@dataclass(frozen=True)
+class ExtraReward:
+    "A reward of your own, added behind Eq. 6 with its weight. Raises ValueError, naming the field, for a value that is not allowed."
+    function: Callable[[Sequence[SETCompletion], Sequence[EmotionExample]], Sequence[float]]  # N completions, the example of each -> N numbers
+    weight: float  # what a value of 1 adds to the overall reward
+    name: str = ""  # how metrics and errors call it; "": the function's own name
+    timeout_s: float | None = 60.0  # longest wait for one call, seconds; None: no limit, and the call is made in the caller's thread
+
+    def __post_init__(self):
+        if not callable(self.function):
+            raise ValueError(f"extra reward: function: got {reprlib.repr(self.function)}; allowed: a function of completions and examples")
+        name = self.name or getattr(self.function, "__name__", "")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(f"extra reward: name: got {name!r}; allowed: a word of letters, digits and _, such as 'brevity'")
+        if name in _OWN_REWARDS:
+            raise ValueError(f"extra reward: name: got {name!r}, which is taken; allowed: a word other than {', '.join(_OWN_REWARDS)}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, Real) or not math.isfinite(self.weight):
+            raise ValueError(f"extra reward {name}: weight: got {self.weight!r}; allowed: a finite number")
+        check_timeout(f"extra reward {name}: timeout_s", self.timeout_s)
+        object.__setattr__(self, "name", name)
+
+# %% ../nbs/04_rewards.ipynb #b8548696
+def is_row(
+    came: object,  # what somebody's code returned
+) -> bool:
+    "Whether it holds values in an order: a list, a tuple, an array or a tensor; not a text, a mapping, a set, a generator or a single value."
+    kept = hasattr(came, "__len__") and hasattr(came, "__getitem__")
+    return kept and not isinstance(came, (str, bytes, bytearray, Mapping)) and getattr(came, "ndim", 1) > 0
+
+
+def as_number(
+    value: object,  # one of its values
+) -> float:
+    "The value as a plain float: anything that `float` takes but text, so True is 1. Raises TypeError, or what `float` raises."
+    if isinstance(value, (str, bytes, bytearray)):
+        raise TypeError("a text is not a number")
+    return float(value)
+
+# %% ../nbs/04_rewards.ipynb #e58222b4
+def _checked_values(extra: ExtraReward, came: object, examples: Sequence[EmotionExample], about: str) -> list[float]:
+    "The N values as plain floats. Raises UserCodeError for anything else."
+    who, wanted = f"reward function {extra.name}", f"expected a list of {len(examples)} numbers, one a completion"
+    if not isinstance(came, list):
+        raise UserCodeError(f"{who}: got {reprlib.repr(came)} for {about}; {wanted}")
+    if len(came) != len(examples):
+        raise UserCodeError(f"{who}: got {len(came)} values, {reprlib.repr(came)}, for {about}; {wanted}")
+    values = []
+    for i, (value, example) in enumerate(zip(came, examples)):
+        where = f"{who}: completion {i} (example {example.id!r})"
+        try:
+            values.append(as_number(value))
+        except Exception as error:  # somebody's own type may raise anything
+            raise UserCodeError(f"{where}: got {reprlib.repr(value)}; allowed: a finite number") from error
+        if fault := _fault(extra.weight, values[-1]):
+            raise UserCodeError(f"{where}: {fault}")
+    return values
+
+# %% ../nbs/04_rewards.ipynb #4cdf7cf8
+def extra_rewards(
+    completions: Sequence[SETCompletion],  # N
+    examples: Sequence[EmotionExample],  # N, the example of each; a group's example is repeated
+    extras: Sequence[ExtraReward],  # whose functions are called, each once for all completions
+) -> list[dict[str, float]]:  # for each completion: name -> value, without weights
+    "What rewards of your own came to. Raises UserCodeError for a function that fails, takes too long or returns anything but N finite numbers; ValueError for a name that comes twice."
+    if len(completions) != len(examples):
+        raise ValueError(f"examples: got {len(examples)} for {len(completions)} completions; expected one a completion, so repeat each for its group")
+    names = [extra.name for extra in extras]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"extra rewards: two are called {twice[0]!r}; allowed: every name once, so give one of them another `name`")
+    if not completions:
+        return []
+    first, last, n = examples[0].id, examples[-1].id, len(examples)
+    about = f"completion 0 (example {first!r})" if n == 1 else f"completions 0 to {n - 1} (examples {first!r} to {last!r})"
+    columns = []
+    for extra in extras:
+        came = call_guarded(_values, extra.function, completions, examples, who=f"reward function {extra.name}", about=about, timeout_s=extra.timeout_s)
+        columns.append(_checked_values(extra, came, examples, about))
+    return [dict(zip(names, row)) for row in zip(*columns)] if columns else [{} for _ in completions]
+
+
+def _values(function: Callable, completions: Sequence[SETCompletion], examples: Sequence[EmotionExample]) -> object:
+    "A row as a list, made under guard, for a row may do its work only when it is read; anything else as it came."
+    came = function(list(completions), list(examples))  # lists of its own: a function that empties or sorts them does no harm
+    return list(came) if is_row(came) else came

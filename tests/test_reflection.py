@@ -15,7 +15,7 @@ from emo_r3.data import EMOSET8, EMOTION6, DataError, EmotionExample, LabelSet, 
 from emo_r3.parsing import parse_set, parse_think
 from emo_r3.prompts import DEFAULT_TEMPLATES
 from emo_r3.reflection import ReflectionVerdict, judge_accuracy, reflect, reflected_steps, score_verdict, written_verdict
-from emo_r3.rewards import RewardWeights, reward_completion
+from emo_r3.rewards import RewardWeights, UserCodeError, reward_completion
 from emo_r3.scenes import BOOK_COMPLETIONS, book_example, make_scenes
 
 PAPER, RELEASED = RewardWeights.preset("paper"), RewardWeights.preset("released")
@@ -337,7 +337,8 @@ def test_errors_name_the_first_completion_that_asked_the_question():
     (None, "got None"), ([], "0 answers came to 3 questions"), ([[-1, -2]] * 2, "2 answers came to 3 questions"), ([[-1, -2]] * 4, "4 answers came to 3 questions"),
     ([[-1, -2], [-1], [-1, -2]], r"completion 1 .*got 1 values, \[-1.0\]; expected 2, one for each of Yes, No"), ([[-1, -2], [], [-1, -2]], "completion 1 .*got 0 values"),
     ([[-1, -2, -3], [-1, -2], [-1, -2]], "completion 0 .*got 3 values"), ([-1, -2, -3], "expected for each question a list"), ([["Yes", "No"]] * 3, "expected for each question a list"),
-    ([[-1, None]] * 3, "expected for each question a list"), ("abc", "expected for each question a list"),
+    ([[-1, None]] * 3, "expected for each question a list"), ([["-1", "-2"]] * 3, "expected for each question a list"), ({0: [-1, -2]}, "got {0:"),
+    (iter([[-1, -2]] * 3), "got <list_"), ([iter([-1, -2])] * 3, "expected for each question a list"), ([{-1, -2}] * 3, "expected for each question a list"), ("abc", "expected for each question a list"),
 ])
 def test_wrongly_shaped_scores(came, says):
     with pytest.raises(ValueError, match=f"judge Says.score: .*{says}|judge Says.score: {says}"): reflect(BOOK[:3], [X] * 3, Says(came))
@@ -346,6 +347,7 @@ def test_wrongly_shaped_scores(came, says):
 @pytest.mark.parametrize("came, says", [
     (None, "got None"), ("Yes", "got 'Yes'; expected a list of 3 texts"), ("Yes", "expected a list"), (["Yes"], "expected a list of 3"), (["Yes"] * 4, "expected a list of 3"),
     (["Yes", None, "Yes"], "completion 1 .*got None; expected a text"), (["Yes", "Yes", b"Yes"], "completion 2 .*got b'Yes'"), (iter(["Yes"] * 3), "expected a list of 3"),
+    ({"Yes": 1, "No": 2, "Perhaps": 3}, "expected a list of 3"), ({"Yes", "No", "Perhaps"}, "expected a list of 3"),
 ])
 def test_wrongly_shaped_written_answers(came, says):
     with pytest.raises(ValueError, match=f"judge Says.generate: .*{says}"): reflect(BOOK[:3], [X] * 3, Says(came), mode="generate")
@@ -371,7 +373,8 @@ def test_arrays_and_tuples_are_welcome():
 
 def test_a_judges_own_error_is_not_swallowed():
     def broken(messages, answers): raise ConnectionError("server gone")
-    with pytest.raises(ConnectionError, match="server gone"): reflect(BOOK, [X] * 4, Says(broken))
+    with pytest.raises(UserCodeError, match="judge Says.score failed.*ConnectionError: server gone") as e: reflect(BOOK, [X] * 4, Says(broken))
+    assert type(e.value.__cause__) is ConnectionError
 
 
 @pytest.mark.parametrize("kwargs, says", [(dict(mode="scor"), "mode: got 'scor'; allowed: score, generate; did you mean 'score'"), (dict(mode=None), "mode: got None"), (dict(mode="__init__"), "mode: got '__init__'")])

@@ -1,6 +1,7 @@
 "The price list: golden numbers of both presets, what is refused, and what cheating earns."
 
 import dataclasses
+import json
 import math
 import random
 import subprocess
@@ -13,7 +14,7 @@ from hypothesis import given, strategies as st
 
 from emo_r3.data import EMOSET8, EMOTION6
 from emo_r3.parsing import parse_set, parse_think
-from emo_r3.rewards import (RewardRecord, RewardWeights, accuracy_reward, coherence_reward, consistency_reward, format_reward,
+from emo_r3.rewards import (RewardRecord, RewardWeights, accuracy_reward, coherence_reward, consistency_reward, extra_share, format_reward,
                             overall_reward, parse_coherence, parse_consistency, reflective_reward, reward_completion, reward_shares)
 from emo_r3.scenes import BOOK_COMPLETIONS
 
@@ -173,6 +174,43 @@ def test_equal_on_paper_is_equal_as_a_number():
     assert 0.85 + 0.1 * 1 != 0.85 + 0.1 * 0.5 + 0.05  # a group of these two would seem to have a spread
     w = RewardWeights(0.1, 0.05)
     assert overall_reward(1, 0, 1, 1, w) == overall_reward(1, 1, 0, 1, w) == overall_reward(1, 1, 1, 0, w) == 0.95
+
+
+# --- rewards of one's own, behind Eq. 6
+
+@BOTH
+@given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), max_size=3), unit)
+def test_extra_rewards_are_added_with_their_weights(weights, own, coherence):
+    plain = reward_completion(completion(), "fear", EMOSET8, weights, consistency=1.0, coherence=coherence)
+    record = reward_completion(completion(), "fear", EMOSET8, weights, consistency=1.0, coherence=coherence, extra={f"r{i}": pair for i, pair in enumerate(own)})
+    assert math.isclose(record.overall, plain.overall + sum(w * v for w, v in own), abs_tol=1e-9)
+    assert record.extra == {f"r{i}": v for i, (_, v) in enumerate(own)}
+    assert dataclasses.replace(record, overall=plain.overall, extra={}) == plain  # nothing else moves
+    assert reward_shares(record, weights) == reward_shares(plain, weights)
+    assert math.isclose(extra_share(record, weights), sum(w * v for w, v in own), abs_tol=1e-9) and extra_share(plain, weights) == 0
+
+
+def test_a_record_with_extras_is_json_and_comes_back():
+    record = reward_completion(completion(), "fear", EMOSET8, PAPER, consistency=1, coherence=1, extra={"short": (0.5, np.float32(0.25)), "loud": (-1, True)})
+    assert record.overall == 1 + 0.125 - 1 and record.extra == {"short": 0.25, "loud": 1.0} and all(type(v) is float for v in record.extra.values())
+    assert RewardRecord(**json.loads(json.dumps(dataclasses.asdict(record)))) == record
+    assert len({record, dataclasses.replace(record)}) == 1  # still hashable
+    assert reward_completion(completion(), "fear", EMOSET8).extra == {}
+
+
+@pytest.mark.parametrize("weight, value, words", [
+    (1.0, math.nan, "got nan"), (1.0, math.inf, "got inf"), (0.0, -math.inf, "got -inf"), (1.0, None, "got None"), (1.0, "1", "got '1'"),
+    (math.nan, 1.0, "weight nan"), (1.0, 1.1e5, "adds 110000; allowed: to add from -100000 to 100000"), (1e300, -1e300, "adds -inf"),
+])
+def test_extra_rewards_that_are_no_rewards(weight, value, words):
+    with pytest.raises(ValueError, match="extra reward mine: ") as error:
+        reward_completion(completion(), "fear", EMOSET8, extra={"mine": (weight, value)})
+    assert words in str(error.value)
+
+
+def test_the_most_that_may_be_added_leaves_a_verdict_visible_in_float32():
+    most = [reward_completion(completion(), "fear", EMOSET8, consistency=c, coherence=1, extra={"huge": (1e5, 1.0)}).overall for c in (0, 1)]
+    assert np.float32(most[1]) - np.float32(most[0]) > 0.04
 
 
 # --- format and accuracy

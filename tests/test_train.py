@@ -18,7 +18,7 @@ from emo_r3.prompts import set_messages
 from emo_r3.reflection import reflect
 from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.train import (TrainConfig, Trainer, batches, collect, make_config, number_of_steps, pieces, reward_weights, score_rollouts, train, train_step, update)
+from emo_r3.train import (TrainConfig, Trainer, collect, epoch_order, make_config, number_of_steps, pieces, place_of_step, reward_weights, score_rollouts, train, train_step, update)
 
 SMALL = make_config(dict(policy="embedded", train_size=16, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, learning_rate=1e-4,
                          precision="fp32", min_pixels=None, max_pixels=None, eval_every=1, sample_every=1, max_steps=2, trackers=("tensorboard",)))
@@ -58,12 +58,14 @@ def test_every_field_explains_itself_and_defaults_are_the_paper_s():
     assert reward_weights(replace(c, lambda_reflective=0.3)).lambda_accuracy == pytest.approx(0.6)
 
 
-def test_batches_deal_every_picture_once_an_epoch():
-    dealt = list(batches(22, 5, 3, seed=1))
-    assert len(dealt) == 12 and all(len(b) == 5 for b in dealt)
-    epochs = [sum(dealt[i: i + 4], []) for i in (0, 4, 8)]
-    assert all(len(set(e)) == 20 for e in epochs) and len({tuple(e) for e in epochs}) == 3
-    assert dealt == list(batches(22, 5, 3, seed=1)) != list(batches(22, 5, 3, seed=2))
+def test_every_picture_is_dealt_once_an_epoch():
+    config = replace(SMALL, prompts_per_step=5, prompts_per_update=5)
+    places = [place_of_step(config, 22, step) for step in range(1, 13)]
+    assert [e for e, _ in places] == [0] * 4 + [1] * 4 + [2] * 4
+    orders = [epoch_order(22, 1, epoch) for epoch in range(3)]
+    dealt = [[orders[e][p] for e, p in places if e == epoch] for epoch in range(3)]
+    assert all(len(set(sum(d, []))) == len(sum(d, [])) == 20 for d in dealt) and all(sorted(o) == list(range(22)) for o in orders)
+    assert len({tuple(o) for o in orders}) == 3 and orders[0] == epoch_order(22, 1, 0) != epoch_order(22, 2, 0)
     assert number_of_steps(SMALL, 16) == 2 and number_of_steps(replace(SMALL, max_steps=None, epochs=2), 16) == 8
 
 
