@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'LIBRARIES', 'DamagedCheckpoint', 'checkpoint_name', 'file_sha256', 'write_manifest', 'new_checkpoint',
-           'read_json', 'check_checkpoint', 'checkpoints', 'latest_checkpoint', 'prune_checkpoints', 'random_states',
-           'set_random_states', 'load_weights', 'optimizer_tensors', 'load_optimizer', 'library_versions',
-           'differences', 'only_one', 'Stopped', 'StopSignals']
+           'read_json', 'read_tensors', 'check_checkpoint', 'checkpoints', 'latest_checkpoint', 'prune_checkpoints',
+           'random_states', 'set_random_states', 'load_weights', 'optimizer_tensors', 'load_optimizer',
+           'library_versions', 'differences', 'only_one', 'Stopped', 'StopSignals']
 
 # %% ../nbs/11_checkpoint.ipynb #d6af46da
 import hashlib
@@ -81,6 +81,12 @@ def read_json(path: Path) -> dict:
     except (ValueError, RecursionError) as error: raise DamagedCheckpoint(f"checkpoint {path.parent}: {path.name} is not JSON ({error})") from error
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    "Returns what a safetensors file holds; raises DamagedCheckpoint for one that is missing or unreadable."
+    try: return load_file(path)
+    except (OSError, SafetensorError) as error: raise DamagedCheckpoint(f"checkpoint {path.parent}: {path.name} cannot be read ({' '.join(str(error).split())})") from error
+
+
 def check_checkpoint(folder: Path) -> None:
     "Returns if a checkpoint is what was written; raises DamagedCheckpoint, naming the file, if not."
     manifest = read_json(folder / MANIFEST)
@@ -97,7 +103,7 @@ def check_checkpoint(folder: Path) -> None:
 def checkpoints(folder: Path, # a run's checkpoints/
                ) -> list[Path]:
     "Returns the checkpoints in a folder, oldest first, unchecked."
-    found = {p: m for p in (folder.iterdir() if folder.is_dir() else ()) if (m := re.fullmatch(r"step_(\d+)(?:_update_(\d+))?", p.name))}
+    found = {p: m for p in (folder.iterdir() if folder.is_dir() else ()) if (m := re.fullmatch(r"step_(\d+)(?:_update_(\d+))?", p.name)) and p.is_dir()}
     return sorted(found, key=lambda p: (int(found[p][1]), int(found[p][2] or 0)))
 
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import re
+import reprlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 
 import emo_r3
-from .data import EmotionExample, check_choice, did_you_mean, label_set, load_examples, subsample
+from .data import EmotionExample, SetAside, check_choice, did_you_mean, label_set, load_examples, printable, sound_examples, subsample, write_quarantine
 from .prompts import EVAL_METHODS, WITH_STEPS, PromptTemplates
 from .scenes import DOMAINS, SPLITS, make_scenes
 
@@ -44,13 +45,20 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
 
 # %% ../nbs/18_cli.ipynb #e18e73e4
+class _Recipe(yaml.SafeLoader):
+    "Reads YAML without aliases: nine lines of them can stand for a billion values."
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent): raise yaml.YAMLError(f"an alias, '*{self.peek_event().anchor}'; allowed: plain values")
+        return super().compose_node(parent, index)
+
+
 def read_mapping(path: Path, # a YAML file
                  where: str, # how messages call it
                 ) -> dict:
     "Returns the mapping that a YAML file holds; raises OSError for one that cannot be opened, ValueError for what is no mapping."
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ValueError(f"{where}: not readable as YAML ({error})") from error
-    if not isinstance(values, dict): raise ValueError(f"{where}: holds {values!r:.60}; allowed: a mapping, one 'name: value' a line")
+    try: values = yaml.load(path.read_text(encoding="utf-8"), _Recipe)
+    except (yaml.YAMLError, ValueError, RecursionError) as error: raise ValueError(f"{where}: not readable as YAML ({error})") from error
+    if not isinstance(values, dict): raise ValueError(f"{where}: holds {reprlib.repr(values)}; allowed: a mapping, one 'name: value' a line")
     return values
 
 
@@ -83,7 +91,7 @@ def field_value(name: str, # the field's, for messages
         except (ValueError, OverflowError): pass  # it stays what it is, and is refused below
     if plain is tuple and isinstance(value, list): value = tuple(value)
     if not isinstance(value, plain) or isinstance(value, bool) is not (plain is bool):  # True is an int to Python, not to us
-        raise ValueError(f"{name} = {value!r}; allowed: {_TYPES[plain]}{', or null' if optional else ''}")
+        raise ValueError(f"{name} = {reprlib.repr(value)}; allowed: {_TYPES[plain]}{', or null' if optional else ''}")
     return value
 
 # %% ../nbs/18_cli.ipynb #1cfd538c
@@ -95,7 +103,7 @@ def parse_option(name: str, # the field's
     plain, optional = _plain(kind)
     if plain is str: return None if optional and text == "null" else text
     try: value = yaml.safe_load(f"[{text}]" if plain is tuple and not text.startswith("[") else text)
-    except yaml.YAMLError: value = text  # not YAML, so not of the type either
+    except (yaml.YAMLError, ValueError, RecursionError): value = text  # not YAML, so not of the type either
     return field_value(name, value, kind)
 
 # %% ../nbs/18_cli.ipynb #9cd2a916
@@ -139,24 +147,41 @@ def _no_columns(choices: "TrainConfig | argparse.Namespace") -> None:
         if value: raise ValueError(f"{name} = {value!r}; allowed with scenes: none, for they come from no table of yours")
 
 
-def _own_data(config: "TrainConfig") -> RunData:
-    labels, name, columns = label_set(config.label_set), Path(config.data).stem or config.data, _columns(config)
-    found = load_examples(config.data, labels, split="train", domain=name, **columns)
+def _loaded(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
+    "The rows of a split that can be used; raises DataError where too many cannot."
+    bad: list[SetAside] = []
+    try:
+        found = load_examples(config.data, label_set(config.label_set), split=split, domain=Path(config.data).stem or config.data, set_aside=bad, **_columns(config))
+        sound_examples([], bad, config.max_quarantined, total=len(found) + len(bad))  # no picture is opened: the share of rows alone
+    finally: set_aside += [a for a in bad if a not in set_aside]  # a line that cannot be read is in no split, and turns up in each
+    return found
+
+
+def _sound(config: "TrainConfig", examples: list[EmotionExample], set_aside: list[SetAside]) -> list[EmotionExample]:
+    "Those whose pictures can be read; raises DataError where too many cannot."
+    bad: list[SetAside] = []
+    try: return sound_examples(examples, bad, config.max_quarantined)
+    finally: set_aside += bad
+
+
+def _own_data(config: "TrainConfig", set_aside: list[SetAside]) -> RunData:
+    name, found = Path(config.data).stem or config.data, _loaded(config, "train", set_aside)
     train = subsample(found, min(config.train_size, len(found)), config.seed)
     taken = {x.id for x in train}
     left = [x for x in found if x.id not in taken]
-    test = load_examples(config.data, labels, split="test", domain=name, **columns)
     during = subsample(left, min(config.eval_during, len(left)), EVAL_SEED) if config.eval_every else []
-    data = RunData(train, {name: during} if during else {}, {name: subsample(test, min(config.eval_size, len(test)), EVAL_SEED)})
-    for x in (*data.train, *during, *data.test[name]): x.load_image()
-    return data
+    train, during = _sound(config, train, set_aside), _sound(config, during, set_aside)
+    test = _loaded(config, "test", set_aside)
+    test = _sound(config, subsample(test, min(config.eval_size, len(test)), EVAL_SEED), set_aside)
+    return RunData(train, {name: during} if during else {}, {name: test})
 
 
 def run_data(
     config: "TrainConfig", # says which, and how many
+    set_aside: list[SetAside] | None = None, # grows by what cannot be used, and why
 ) -> RunData:
-    "Returns the pictures of a run; raises ValueError or OSError naming file, row and value for what cannot be used."
-    if config.data != "scenes" and not config.data.startswith("scenes:"): return _own_data(config)
+    "Returns the pictures of a run; raises ValueError or OSError naming file, row and value where nothing, or too little, can be used."
+    if config.data != "scenes" and not config.data.startswith("scenes:"): return _own_data(config, [] if set_aside is None else set_aside)
     if config.data != "scenes": raise ValueError(f"data = {config.data!r}; allowed in a run: 'scenes' (it trains in_domain and evaluates every domain), or the path of your own pictures")
     if config.label_set != "emoset8": raise ValueError(f"label_set = {config.label_set!r}; allowed with data = 'scenes': emoset8")
     _no_columns(config)
@@ -226,10 +251,18 @@ def run(config: "TrainConfig", # every choice
         accept_changes: bool = False, # resume under another configuration
        ) -> Path: # the report's page
     "Trains, evaluates before and after, prints the difference as a table, writes the report; raises ValueError or OSError for what cannot work, Stopped where a signal ended it."
+    from emo_r3.ranks import Ranks
     from emo_r3.train import check_start, train
+    ranks = Ranks(config.rank_timeout_s)
     check_start(output_dir, resume)
     check_writable(Path(output_dir), "output_dir")
-    data = run_data(config)
+    aside: list[SetAside] = []
+    try: data = run_data(config, aside)
+    finally:
+        if aside and ranks.first:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            where = write_quarantine(Path(output_dir) / "quarantine.jsonl", aside)
+            print(f"emo-r3: {len(aside)} {'row or picture was' if len(aside) == 1 else 'rows and pictures were'} set aside, with the reasons in {where}", file=sys.stderr)
     from emo_r3.evaluate import before_after_table, compare
     from emo_r3.explore import RunReport
     from emo_r3.policy import add_lora, has_adapter, reference, unwrapped
@@ -243,7 +276,8 @@ def run(config: "TrainConfig", # every choice
     frozen = reference(policy) if config.method in WITH_STEPS else None  # judges steps before and after; without steps the trainer copies only if it needs to
     measure = Measure(config, data, processor, PolicyJudge(frozen, processor, adapter=False) if frozen is not None else None)
     paired = lambda: {"comparison": {domain: compare(before, measure.reports["after"][domain]).to_dict() for domain, before in measure.reports["before"].items()}}
-    train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe, conclude=paired, resume=resume, accept_changes=accept_changes)
+    train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe, conclude=paired, resume=resume, accept_changes=accept_changes, quarantined=len(aside), ranks=ranks)
+    if not ranks.first: return Path(output_dir) / "report.html"
     print(before_after_table(measure.reports["before"], measure.reports["after"]))
     return RunReport(output_dir).write()
 
@@ -359,7 +393,9 @@ def eval_data(args: argparse.Namespace, # of `evaluate_options`
 def evaluate_command(args: argparse.Namespace) -> None:
     "Measure a policy: accuracy with its interval, form, and what step 1 names, one row a domain."
     if args.output and Path(args.output).is_dir(): raise IsADirectoryError(f"--output {args.output!r} is a folder; allowed: a file such as figures.json")
-    if args.output: check_writable(Path(args.output), "--output")
+    if args.output:
+        check_writable(Path(args.output), "--output")
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     data, (templates, pixels) = eval_data(args), read_asking(args)
     from emo_r3.evaluate import evaluate, report_table
     from emo_r3.sampling import PolicyJudge, PolicySampler
@@ -391,8 +427,9 @@ def predict_command(args: argparse.Namespace) -> None:
     policy, processor = load_pair(args.policy, **pixels)
     for picture in args.pictures:
         found = predict(policy, processor, picture, labels, method=args.method, templates=templates)
-        print(f"{picture}: {found.label} ({found.probability:.0%})" if found.label else f"{picture}: no label could be read ({found.why or 'the answer is none of ' + ', '.join(labels)})")
-        for line in [f"{i}. {step}" for i, step in enumerate(found.steps, 1) if step is not None] or [found.text]: print(f"  {line}")
+        said = f"{found.label} ({found.probability:.0%})" if found.label else f"no label could be read ({found.why or 'the answer is none of ' + ', '.join(labels)})"
+        print(printable(f"{picture}: {said}"))
+        for line in [f"{i}. {step}" for i, step in enumerate(found.steps, 1) if step is not None] or [found.text]: print(f"  {printable(line, keep=chr(10))}")
 
 # %% ../nbs/18_cli.ipynb #762f1239
 def report_options(parser: argparse.ArgumentParser) -> None:
@@ -463,5 +500,5 @@ def main(argv: Sequence[str] | None = None, # command and options; None: those o
     except RuntimeError as error:
         if "out of memory" not in str(error).lower() or os.environ.get("EMO_R3_DEBUG") == "1": raise
         line, code = f"error: {' '.join(str(error).split())[:200]}; allowed: what fits, so try --gradient-checkpointing true, or a smaller --tokens-per-forward, --prompts-per-step or --max-completion-tokens", 2
-    print(f"emo-r3: {line}", file=sys.stderr)  # here, where the error and with it any progress bar is gone
+    print(printable(f"emo-r3: {line}"), file=sys.stderr)  # here, where the error and with it any progress bar is gone
     return code

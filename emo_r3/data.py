@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EMOSET8', 'EMOTION6', 'WEBEMO7', 'FORMATS', 'LONGEST', 'OF_THE_FILE', 'HEAVIEST', 'PICTURE_SUFFIXES', 'SPLITS', 'Row',
-           'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'DEEPEST', 'Member', 'SIP', 'DataError', 'did_you_mean', 'check_choice',
-           'LabelSet', 'label_set', 'emotion_question', 'StoredPicture', 'EmotionExample', 'SetAside', 'load_examples',
-           'sound_examples', 'write_quarantine', 'unpack', 'subsample', 'write_manifest', 'read_manifest']
+           'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'DEEPEST', 'Member', 'SIP', 'DataError', 'did_you_mean', 'printable',
+           'check_choice', 'LabelSet', 'label_set', 'emotion_question', 'StoredPicture', 'EmotionExample', 'SetAside',
+           'load_examples', 'sound_examples', 'write_quarantine', 'unpack', 'subsample', 'write_manifest',
+           'read_manifest']
 
 # %% ../nbs/00_data.ipynb #3ea85b3a
 import contextlib, csv, difflib, errno, gzip, hashlib, io, json, math, os, posixpath, re, reprlib, stat, tarfile, tempfile, warnings, zipfile
@@ -33,6 +34,13 @@ def did_you_mean(
     "Returns the end of an error message: the nearest allowed word, as a question."
     near = difflib.get_close_matches(str(value).strip().lower(), list(allowed), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+# %% ../nbs/00_data.ipynb #abd99087
+def printable(text: str, # what somebody else wrote
+              keep: str = "", # characters that stay although they are not printable, such as a new line
+             ) -> str:
+    "Returns a text in which what cannot be printed is written as Python would write it."
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 # %% ../nbs/00_data.ipynb #7aaae699
 def check_choice(
@@ -434,9 +442,7 @@ class SetAside:
     reason: str # the message that it would have been refused with
 
 def _set_aside(where: str, name: str, error: Exception) -> SetAside:
-    def plain(text: str) -> str:  # anything may stand in a file's name or in a cell, and this is read on a screen
-        shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:1000])
-        return shown + "..." * (len(text) > 1000)
+    def plain(text: str) -> str: return printable(text[:1000]) + "..." * (len(text) > 1000)
     return SetAside(plain(where), plain(name), plain(str(error)))
 
 # %% ../nbs/00_data.ipynb #da84152a

@@ -27,9 +27,9 @@ class Ranks:
         self.timeout_s, self.rank, self.world = timeout_s, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.group = None
         if self.world > 1:
-            wait = timedelta(seconds=max(timeout_s, 300.0))  # to start takes longer than to meet
-            if not dist.is_initialized(): dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=wait)
-            self.group = dist.new_group(backend="gloo", timeout=wait)  # for numbers and objects on the CPU
+            if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            if not dist.is_initialized(): dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=max(timeout_s, 300.0)))  # to start takes longer than to meet
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))  # for numbers and objects on the CPU
 
     @property
     def first(self) -> bool: return self.rank == 0  # it writes the files

@@ -59,7 +59,29 @@ def test_3_corrupt_picture(folder, tiny, capsys):  # noqa: F811
         broken.write_bytes(whole)
     Path("photos/test/fear/0.png").write_bytes(b"")
     fails(capsys, "evaluate", tiny / "policy", "photos", "--split", "test", "--max-tokens", "4", "--output", "figures.json", words=["photos/test/fear/0.png", "not a picture"])
-    assert os.listdir() == ["photos"]  # found before a run began, and no figures of half an evaluation
+    assert sorted(os.listdir()) == ["out", "photos"] and os.listdir("out") == ["quarantine.jsonl"]  # found before a run began, and no figures of half an evaluation
+
+
+def test_3b_a_few_bad_rows_and_pictures_are_set_aside(folder, tiny, capsys):  # noqa: F811
+    pictures(Path("photos/train"), each=15), pictures(Path("photos/test"), each=10, seed=1)
+    Path("photos/train/fear/3.png").write_text("I am a text"), Path("photos/test/awe/0.png").write_bytes(b"")
+    code, _, err = run_main(capsys, *train(tiny, "--data", "photos", "--train-size", "30", "--eval-size", "20", "--eval-every", "0", "--max-steps", "1", "--max-quarantined", "0.1"))
+    assert code == 0 and "2 rows and pictures were set aside, with the reasons in out/quarantine.jsonl" in err
+    aside = [json.loads(line) for line in Path("out/quarantine.jsonl").read_text().splitlines()]
+    assert [a["id"] for a in aside] == ["train/fear/3.png", "test/awe/0.png"] and all("not a picture" in a["reason"] for a in aside)
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    assert [r["data/quarantined"] for r in rows if "reward" in r] == [2] and json.loads(Path("out/summary.json").read_text())["after"]["photos"]["n"] == 19
+    shutil.rmtree("out")
+    fails(capsys, *train(tiny, "--data", "photos", "--train-size", "30", "--max-quarantined", "0.01"), words=["photos/train/fear/3.png", "not a picture"])
+    assert "fear/3.png" in Path("out/quarantine.jsonl").read_text()  # said in full, although the run did not begin
+
+
+def test_3c_the_run_s_folder_is_taken_away(folder, tiny, capsys, monkeypatch):  # noqa: F811
+    import emo_r3.train
+    real = emo_r3.train.update
+    monkeypatch.setattr(emo_r3.train, "update", lambda *args: (shutil.rmtree("out"), real(*args))[1])
+    line = fails(capsys, *train(tiny, "--max-steps", "1"), words=["out/metrics.jsonl", "No such file or directory"])
+    assert "Traceback" not in line and not Path("out").exists()
 
 
 def test_4_label_outside_the_set(folder, tiny, capsys):  # noqa: F811
@@ -69,7 +91,7 @@ def test_4_label_outside_the_set(folder, tiny, capsys):  # noqa: F811
     fails(capsys, "evaluate", tiny / "policy", "rows.jsonl", words=["rows.jsonl, line 1", "'joy'", "emoset8"])
     fails(capsys, *train(tiny, "--label-set", "emotoin6"), words=["label_set", "'emotoin6'", "did you mean 'emotion6'"])
     fails(capsys, *train(tiny, "--label-set", "emotion6"), words=["label_set", "'emotion6'", "scenes", "emoset8"])
-    assert not Path("out").exists()
+    assert os.listdir("out") == ["quarantine.jsonl"]  # what was wrong, row by row
 
 
 # ---- the recipe

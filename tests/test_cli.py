@@ -139,9 +139,10 @@ def test_options_replace_the_recipe_field_by_field(folder):
 
 
 def test_a_run_s_config_is_a_recipe(folder):
-    from emo_r3.train import open_run_folder
+    from emo_r3.train import write_config
     _, config = cli.run_config("scenes_cpu", {"seed": "3", "learning_rate": "3e-5", "trackers": "[]"})
-    open_run_folder("run", config)
+    Path("run").mkdir()
+    write_config(Path("run"), config)
     assert cli.run_config("run/config.yaml", {})[1] == config
 
 
@@ -199,14 +200,14 @@ def check_run(run: Path, domains) -> dict:
 
 def test_train_leaves_a_whole_run_and_prints_its_report_last(folder, tiny, capsys, monkeypatch):
     import emo_r3.train
-    recipe, written, write = tiny / "tiny.yaml", [], emo_r3.train.write_summary
-    monkeypatch.setattr(emo_r3.train, "write_summary", lambda *args: (written.append(args), write(*args))[1])
+    recipe, written, write = tiny / "tiny.yaml", [], emo_r3.train.write_whole
+    monkeypatch.setattr(emo_r3.train, "write_whole", lambda path, text: (written.append(path.name), write(path, text))[1])
     code, out, err = run_main(capsys, "train", recipe, "--seed", 3, "--max_steps", 1, "--learning-rate=1e-5")
     assert code == 0, err
     run = Path("runs/tiny-emo_r3-seed3")
     assert out.splitlines()[-1] == str(run / "report.html")
     assert all(any(line.startswith(d) for line in out.splitlines()) for d in DOMAINS)  # the table
-    assert len(written) == 1
+    assert written == ["config.yaml", "summary.json"]
     summary = check_run(run, DOMAINS)
     assert list(summary["comparison"]) == list(DOMAINS) and summary["comparison"]["faces"]["n"] == 2  # answers paired, for the report
     assert (summary["recipe"], summary["seed"], summary["steps"], summary["method"]) == ("tiny", 3, 1, "emo_r3")
@@ -222,7 +223,7 @@ def test_train_leaves_a_whole_run_and_prints_its_report_last(folder, tiny, capsy
 
     code, out, err = run_main(capsys, "train", recipe, "--seed", 3, "--max-steps", 1, "--method", "grpo")
     assert code == 0 and out.splitlines()[-1] == "runs/tiny-grpo-seed3/report.html"
-    assert cli.free_folder(run) == Path("runs/tiny-emo_r3-seed3-2")
+    assert cli.run_folder(run) == Path("runs/tiny-emo_r3-seed3-2")
 
 
 def test_train_on_own_pictures(folder, tiny, capsys):

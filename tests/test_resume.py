@@ -58,7 +58,7 @@ def everything(folder):
     last = checkpoints(folder / "checkpoints")[-1]
     state, summary = json.loads((last / "state.json").read_text()), json.loads((folder / "summary.json").read_text())
     weights = next(p for p in (folder / "policy").iterdir() if p.suffix == ".safetensors")
-    return {"weights": sha256(weights), "saved weights": sha256(last / "policy" / weights.name), "optimizer": sha256(last / "optimizer.safetensors"), "random": sha256(last / "rollouts.safetensors"), "name": last.name,
+    return {"weights": sha256(weights), "saved weights": sha256(last / "policy" / weights.name), "optimizer": sha256(last / "optimizer.safetensors"), "random": sha256(last / "rank_0.safetensors"), "own": json.loads((last / "rank_0.json").read_text()), "name": last.name,
             "state": {k: v for k, v in state.items() if k != "wall_s"}, "metrics": metrics(folder), "samples": {p.name: sha256(p) for p in sorted((folder / "samples").iterdir())},
             "summary": {k: v for k, v in summary.items() if k != "wall_s"}}
 
@@ -201,7 +201,9 @@ def test_never_a_path_and_a_finished_run(stopped, tmp_path, whole):
     with pytest.raises(ValueError, match="no such folder"): go(BASE, tmp_path / "x", resume="nowhere")
     assert tree(stopped) == before and not (tmp_path / "x").exists()
     go(BASE, tmp_path / "branch", resume=stopped)  # from its newest checkpoint into a new folder
-    assert everything(tmp_path / "branch") | {"state": 0} == whole("one update") | {"state": 0} and tree(stopped) | {".lock": 0} == before | {".lock": 0}
+    branch, straight = everything(tmp_path / "branch"), whole("one update")
+    assert {k: v for k, v in branch.items() if k != "samples"} == {k: v for k, v in straight.items() if k != "samples"} and branch["samples"].items() <= straight["samples"].items()
+    assert tree(stopped) == before
     with pytest.raises(ValueError, match="finished run"): go(BASE, tmp_path / "branch")
     go(BASE, tmp_path / "from here", resume=checkpoints(stopped / "checkpoints")[0])
     assert everything(tmp_path / "from here")["weights"] == whole("one update")["weights"]
@@ -265,6 +267,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
     assert (folder / "summary.json").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")  # the first update of all is skipped
 def test_skips_apart_do_not_add_up(tmp_path, monkeypatch):
     poison(monkeypatch, {1, 3})
     go(replace(BASE, max_skipped_updates=2), tmp_path / "run")
