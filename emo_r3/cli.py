@@ -45,6 +45,10 @@ def recipe_names() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in RECIPES.iterdir() if p.name.endswith(".yaml"))
 
 # %% ../nbs/18_cli.ipynb #e18e73e4
+_SHORT = reprlib.Repr()  # of a value in a message: a recipe may hold a list in a list in a list ...
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 class _Recipe(yaml.SafeLoader):
     "Reads YAML without aliases: nine lines of them can stand for a billion values."
     def compose_node(self, parent: Any, index: Any) -> yaml.Node:
@@ -58,7 +62,7 @@ def read_mapping(path: Path, # a YAML file
     "Returns the mapping that a YAML file holds; raises OSError for one that cannot be opened, ValueError for what is no mapping."
     try: values = yaml.load(path.read_text(encoding="utf-8"), _Recipe)
     except (yaml.YAMLError, ValueError, RecursionError) as error: raise ValueError(f"{where}: not readable as YAML ({error})") from error
-    if not isinstance(values, dict): raise ValueError(f"{where}: holds {reprlib.repr(values)}; allowed: a mapping, one 'name: value' a line")
+    if not isinstance(values, dict): raise ValueError(f"{where}: holds {_SHORT.repr(values)}; allowed: a mapping, one 'name: value' a line")
     return values
 
 
@@ -91,7 +95,7 @@ def field_value(name: str, # the field's, for messages
         except (ValueError, OverflowError): pass  # it stays what it is, and is refused below
     if plain is tuple and isinstance(value, list): value = tuple(value)
     if not isinstance(value, plain) or isinstance(value, bool) is not (plain is bool):  # True is an int to Python, not to us
-        raise ValueError(f"{name} = {reprlib.repr(value)}; allowed: {_TYPES[plain]}{', or null' if optional else ''}")
+        raise ValueError(f"{name} = {_SHORT.repr(value)}; allowed: {_TYPES[plain]}{', or null' if optional else ''}")
     return value
 
 # %% ../nbs/18_cli.ipynb #1cfd538c
