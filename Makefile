@@ -14,12 +14,12 @@ ARGS   ?=
 # Tests never reach for the network, and do not depend on how many cores there are.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: help env train test test-slow bench bench-check export readme clean clean-env
+.PHONY: help env train test test-slow bench bench-check campaigns export readme clean clean-env
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
-	@echo "also: make env | test-slow | bench (all that a CPU can show, against TRL; an hour or more) | bench-check (operations alone, seconds) | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
+	@echo "also: make env | test-slow | bench (all that a CPU can show, against TRL; an hour or more) | bench-check (operations alone, seconds) | campaigns (kills, damage, hostile input, TRL beside it, a long run; an hour) | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
 
 env: $(READY)
 
@@ -57,6 +57,9 @@ bench: bench-check
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/growth.py
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/gpu_step.py --tiny
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/same_curve.py
+
+campaigns: env
+	for name in kill9 damage hostile peer soak; do $(OFFLINE) $(BIN)/python -W ignore tests/campaigns/$$name.py || exit 1; done
 
 export: env
 	$(BIN)/nbdev_export
