@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'LIBRARIES', 'DamagedCheckpoint', 'checkpoint_name', 'file_sha256', 'write_manifest', 'new_checkpoint',
            'read_json', 'read_tensors', 'check_checkpoint', 'checkpoints', 'latest_checkpoint', 'prune_checkpoints',
-           'random_states', 'set_random_states', 'load_weights', 'optimizer_tensors', 'load_optimizer',
-           'library_versions', 'differences', 'only_one', 'Stopped', 'StopSignals']
+           'random_states', 'set_random_states', 'weights_sha256', 'load_weights', 'optimizer_tensors',
+           'load_optimizer', 'library_versions', 'differences', 'only_one', 'Stopped', 'StopSignals']
 
 # %% ../nbs/11_checkpoint.ipynb #d6af46da
 import hashlib
@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import emo_r3
 from .policy import VLProcessor, has_adapter, load_policy, save_policy, staged_folder
 
 if TYPE_CHECKING: from peft import PeftModel
@@ -89,6 +91,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def check_checkpoint(folder: Path) -> None:
     "Returns if a checkpoint is what was written; raises DamagedCheckpoint, naming the file, if not."
+    try: _check(folder)
+    except OSError as error: raise DamagedCheckpoint(f"checkpoint {folder}: {error.filename or 'a file'} cannot be read ({error.strerror})") from error  # as a disk with a bad sector has it
+
+
+def _check(folder: Path) -> None:
     manifest = read_json(folder / MANIFEST)
     try: listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
     except (TypeError, KeyError, AttributeError) as error: raise DamagedCheckpoint(f"checkpoint {folder}: {MANIFEST} is no manifest") from error
@@ -108,11 +115,15 @@ def checkpoints(folder: Path, # a run's checkpoints/
 
 
 def latest_checkpoint(folder: Path, # a run's checkpoints/
+                      set_aside: bool = True, # False: damaged ones are named, and left as they are: somebody else's run
                      ) -> Path | None:
     "Returns the newest checkpoint that is whole, or None; newer ones that are damaged are renamed damaged_..., and named on stderr."
     for path in reversed(checkpoints(folder)):
         try: check_checkpoint(path)
         except DamagedCheckpoint as error:
+            if not set_aside:
+                print(f"emo-r3: {error}; the checkpoint before it is used", file=sys.stderr)
+                continue
             n = next(n for n in range(1, 10_000) if not (folder / f"damaged_{path.name}_{n}").exists())
             aside = path.rename(folder / f"damaged_{path.name}_{n}")
             print(f"emo-r3: {error}; it was set aside as {aside.name}, and the checkpoint before it is used", file=sys.stderr)
@@ -125,7 +136,7 @@ def prune_checkpoints(folder: Path, # a run's checkpoints/
                      ) -> None:
     "Removes older checkpoints; each vanishes under another name first, so that none is ever seen half removed."
     for path in checkpoints(folder)[:-keep_last]:
-        if path.name != best: shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial-{os.getpid()}")))
+        if path.name != best: shutil.rmtree(path.rename(path.with_name(f".{path.name}.partial-{os.getpid()}")), ignore_errors=True)  # what somebody still reads goes when the next process tidies up
 
 # %% ../nbs/11_checkpoint.ipynb #ee48c586
 def random_states() -> tuple[dict[str, torch.Tensor], dict]: # tensors, and what is JSON
@@ -149,6 +160,13 @@ def set_random_states(tensors: Mapping[str, torch.Tensor], # from `random_states
         if f"cuda_{i}" in tensors: torch.cuda.set_rng_state(tensors[f"cuda_{i}"], i)
 
 # %% ../nbs/11_checkpoint.ipynb #fd2af2b4
+def weights_sha256(policy: "PreTrainedModel | PeftModel") -> str:
+    "Returns the fingerprint of all of a policy's weights."
+    whole = hashlib.sha256()
+    for name, weight in policy.named_parameters(): whole.update(name.encode() + weight.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()
+
+
 def load_weights(policy: "PreTrainedModel | PeftModel", # filled in place
                  folder: Path, # that `save_policy` wrote
                 ) -> None:
@@ -191,7 +209,7 @@ LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow")
 def library_versions() -> dict[str, str]:
     "Returns what the last bits of a result depend on: the versions of Python and the libraries, the device, and how many threads share a sum."
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in LIBRARIES}, "device": device, "threads": torch.get_num_threads()}
+    return {"python": ".".join(map(str, sys.version_info[:3])), "emo_r3": emo_r3.__version__, **{name: version(name) for name in LIBRARIES}, "cuda": torch.version.cuda, "device": device, "threads": torch.get_num_threads()}
 
 
 def differences(old: Mapping, # names and values
@@ -213,7 +231,11 @@ def only_one(folder: Path, # a run's
         if fcntl:
             try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error: raise ValueError(f"output_dir {str(folder)!r} is in use by another process; allowed: one run a folder") from error
-        for left in (*folder.glob(".*.partial-*"), *folder.glob("*/.*.partial-*")): shutil.rmtree(left) if left.is_dir() else left.unlink()
+        for left in (*folder.glob(".*.partial-*"), *folder.glob("*/.*.partial-*")):
+            target = left.with_name(left.name[1:].partition(".partial-")[0])
+            if left.name.endswith("-old") and not target.exists(): left.rename(target)  # killed between two renames
+            elif left.is_dir(): shutil.rmtree(left)
+            else: left.unlink()
         yield
 
 # %% ../nbs/11_checkpoint.ipynb #05676eee
@@ -224,7 +246,7 @@ class Stopped(SystemExit):
 
 class StopSignals:
     "Listens for SIGTERM and Ctrl-C while its block lasts, in the main thread."
-    def __init__(self): self.number, self._at_once, self._before = None, False, {}
+    def __init__(self): self.number, self._since, self._at_once, self._before = None, 0.0, False, {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -235,8 +257,10 @@ class StopSignals:
         for number, handler in self._before.items(): signal.signal(number, handler)
 
     def _came(self, number: int, frame: object) -> None:
-        if self.number is not None: os._exit(128 + number)
-        self.number = number
+        if self.number is not None:
+            if time.monotonic() - self._since > 1: os._exit(128 + number)
+            return
+        self.number, self._since = number, time.monotonic()
         os.write(2, b"\nemo-r3: stopping in good order; a second signal stops at once\n")
         if self._at_once: raise Stopped(number)
 

@@ -201,7 +201,7 @@ class Measure:
                  judge: "Judge | None" = None, # asked about steps before and after; None: nobody
                 ):
         self.config, self.data, self.processor, self.judge = config, data, processor, judge
-        self.templates, self.reports = PromptTemplates.from_dict(config.templates), {}
+        self.templates, self.reports, self._kept = PromptTemplates.from_dict(config.templates), {}, {}
 
     def __call__(self, model: "PreTrainedModel", when: str) -> dict[str, dict]: # domain -> figures
         import torch
@@ -217,7 +217,9 @@ class Measure:
 
     def kept_state(self) -> dict:
         "Returns what a run that is resumed cannot measure again: every completion graded before the first step."
-        return {domain: {"method": r.method, "mode": r.mode, "predictions": [asdict(g) for g in r.predictions]} for domain, r in self.reports.get("before", {}).items()}
+        if "before" in self.reports and not self._kept:  # made once: it is asked for at every update
+            self._kept = {domain: {"method": r.method, "mode": r.mode, "predictions": [asdict(g) for g in r.predictions]} for domain, r in self.reports["before"].items()}
+        return self._kept
 
     def set_kept_state(self, state: Mapping) -> None:
         "Takes it back."
@@ -263,10 +265,10 @@ def run(config: "TrainConfig", # every choice
     aside: list[SetAside] = []
     try: data = run_data(config, aside)
     finally:
-        if aside and ranks.first:
+        if ranks.first and (aside or (Path(output_dir) / "quarantine.jsonl").exists()):  # nor is an earlier list left as if it were this run's
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             where = write_quarantine(Path(output_dir) / "quarantine.jsonl", aside)
-            print(f"emo-r3: {len(aside)} {'row or picture was' if len(aside) == 1 else 'rows and pictures were'} set aside, with the reasons in {where}", file=sys.stderr)
+            if aside: print(f"emo-r3: {len(aside)} {'row or picture was' if len(aside) == 1 else 'rows and pictures were'} set aside, with the reasons in {where}", file=sys.stderr)
     from emo_r3.evaluate import before_after_table, compare
     from emo_r3.explore import RunReport
     from emo_r3.policy import add_lora, has_adapter, reference, unwrapped
@@ -322,11 +324,12 @@ def run_folder(wanted: Path, # where a run would go
 
 # %% ../nbs/18_cli.ipynb #54813cd2
 def interrupted(folder: Path, # of the run
+                resume: str = "auto", # as it was started
                ) -> str:
     "Returns what to tell whoever stopped a run: how far it came, and how to go on."
     from emo_r3.checkpoint import checkpoints
     if (folder / "summary.json").exists(): return f"stopped after the run was finished; 'emo-r3 report {folder}' writes its page"
-    if there := checkpoints(folder / "checkpoints"): return f"stopped; {folder} is not finished, and the same command goes on from {there[-1].relative_to(folder)}"
+    if there := checkpoints(folder / "checkpoints"): return f"stopped; {folder} is not finished, and the same command{'' if resume == 'auto' else f' with --resume auto --output-dir {folder}'} goes on from {there[-1].relative_to(folder)}"
     return f"stopped; {folder} is not finished, and holds no checkpoint to go on from"
 
 # %% ../nbs/18_cli.ipynb #5224883f
@@ -339,7 +342,7 @@ def train_command(args: argparse.Namespace) -> None:
     try:
         with StopSignals() as stop, stop.at_once(): print(run(config, folder, name, args.resume, args.accept_changes))
     except Stopped:
-        print(f"emo-r3: {interrupted(folder)}", file=sys.stderr)
+        print(f"emo-r3: {interrupted(folder, args.resume)}", file=sys.stderr)
         raise
 
 # %% ../nbs/18_cli.ipynb #9a27ad6e
@@ -502,7 +505,9 @@ def main(argv: Sequence[str] | None = None, # command and options; None: those o
         named = isinstance(error, OSError) and error.filename and error.strerror
         line, code = f"error: {f'{error.filename}: {error.strerror}' if named else ' '.join(str(error).split())}", 2
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower() or os.environ.get("EMO_R3_DEBUG") == "1": raise
-        line, code = f"error: {' '.join(str(error).split())[:200]}; allowed: what fits, so try --gradient-checkpointing true, or a smaller --tokens-per-forward, --prompts-per-step or --max-completion-tokens", 2
+        from emo_r3.ranks import RankLost
+        lost = isinstance(error, RankLost)
+        if not (lost or "out of memory" in str(error).lower()) or os.environ.get("EMO_R3_DEBUG") == "1": raise
+        line, code = f"error: {error}" if lost else f"error: {' '.join(str(error).split())[:200]}; allowed: what fits, so try --gradient-checkpointing true, or a smaller --tokens-per-forward, --prompts-per-step or --max-completion-tokens", 2
     print(printable(f"emo-r3: {line}"), file=sys.stderr)  # here, where the error and with it any progress bar is gone
     return code

@@ -178,8 +178,11 @@ def last_layer_at(text: PreTrainedModel, # a language model
     layer, hooks = text.layers[-1], []
     chosen = lambda module, inputs: (inputs[0][:, slots],)
     spread = lambda module, inputs, out: out.new_zeros(1, length, out.shape[-1]).index_copy(1, slots, out)
-    for part in (layer.self_attn.o_proj, layer.mlp): hooks += [part.register_forward_pre_hook(chosen), part.register_forward_hook(spread)]
-    try: yield
+    try:
+        for part in (layer.self_attn.o_proj, layer.mlp):
+            hooks.append(part.register_forward_pre_hook(chosen))
+            hooks.append(part.register_forward_hook(spread))
+        yield
     finally:
         for hook in hooks: hook.remove()
 

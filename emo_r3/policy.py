@@ -19,75 +19,163 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import snapshot_download
 from PIL import Image
-from safetensors import SafetensorError
+from safetensors import safe_open
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 from .loss import token_logps
 from .prompts import Messages
 
-if TYPE_CHECKING: from peft import PeftModel  # imported where an adapter is made or read: it brings bitsandbytes along
+if TYPE_CHECKING: from peft import LoraConfig, PeftModel  # imported where an adapter is made or read: it brings bitsandbytes along
 
 # %% ../nbs/08_policy.ipynb #2e84b6fa
 EMBEDDED_POLICY = resources.files("emo_r3") / "embedded" / "policy"
 BASE_FILE = "base.json"  # beside an adapter: how the weights under it were held
+_WEIGHTS, _SHARDS, _ADAPTER, _ADAPTER_WEIGHTS = "model.safetensors", "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"
 
 
-def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id
+def _read_json(file: Path) -> dict:
+    "Returns the object in a policy's JSON file; raises ValueError naming folder and file."
+    try: value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error: raise ValueError(f"policy {file.parent}: {file.name} cannot be read ({error})") from error
+    if not isinstance(value, dict): raise ValueError(f"policy {file.parent}: {file.name} cannot be read (it holds a {type(value).__name__}; allowed: a JSON object)")
+    return value
+
+
+@contextmanager
+def _reading(policy: str | Path, what: str) -> Iterator[None]:
+    "Lets a library read a policy's file; whatever it raises over a broken one becomes a ValueError of one line."
+    try: yield
+    except torch.OutOfMemoryError: raise  # no fault of the file
+    except Exception as error:
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(f"policy {policy}: {what} ({said if isinstance(error, ValueError) else f'{type(error).__name__}: {said}'})") from error
+
+# %% ../nbs/08_policy.ipynb #cfbdfd37
+_REACHING = ("quantization_config", "transformers_weights", "fusion_config", "distributed_config")  # in config.json: other libraries, other files, patches of transformers itself
+
+
+def _check_config(folder: Path) -> None:
+    "Raises ValueError for a config.json of another model, or one that reaches beyond the folder."
+    config = _read_json(folder / "config.json")
+    if (kind := config.get("model_type")) != "qwen2_5_vl": raise ValueError(f"policy {folder}: model_type = {kind!r} in config.json; allowed: 'qwen2_5_vl'")
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for name in _REACHING if isinstance(part, dict) else ():
+            value = part.get(name)
+            if value and not (name == "quantization_config" and isinstance(value, dict) and value.get("quant_method") == "bitsandbytes"):
+                raise ValueError(f"policy {folder}: {name} = {repr(value)[:80]} in config.json; allowed: none{', or that of bitsandbytes' if name == 'quantization_config' else ''}")
+
+
+def _check_weights(folder: Path) -> None:
+    "Raises ValueError for a folder whose weights are absent, or are not all safetensors of its own."
+    if not any((folder / name).is_file() for name in (_WEIGHTS, _SHARDS)):
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
+        found = f"only the pickle {', '.join(pickles)}" if pickles else "no weights"
+        raise ValueError(f"policy {folder}: found {found}; allowed: {_WEIGHTS}, or shards of that kind that {_SHARDS} names (a pickle could run code while it loads)")
+    if not (folder / _SHARDS).is_file(): return
+    shards, about = (_read_json(folder / _SHARDS).get(name) for name in ("weight_map", "metadata"))
+    for file in shards.values() if isinstance(shards, dict) else ():
+        if not isinstance(file, str) or not file.endswith(".safetensors") or "\\" in file or Path(file).name != file:
+            raise ValueError(f"policy {folder}: {_SHARDS} names {repr(file)[:80]}; allowed: the name of a *.safetensors beside it (a pickle could run code while it loads)")
+    if not (isinstance(shards, dict) and shards and isinstance(about, dict)): raise ValueError(f"policy {folder}: {_SHARDS} lacks weight_map or metadata")
+
+# %% ../nbs/08_policy.ipynb #ddc01e59
+def policy_path(name_or_path: str | Path, # "embedded", a folder, or a hub id, whose files are fetched into the hub's cache
+                weights: bool = True, # whether they are needed; for the processor they are not
                ) -> str:
-    "Returns what transformers should open; raises ValueError or FileNotFoundError for a folder that is no policy."
+    "Returns the folder that transformers should open; raises ValueError or FileNotFoundError for a folder that is no policy, or one that could run code or reach beyond itself."
     if str(name_or_path) == "embedded": return str(EMBEDDED_POLICY)
     folder = Path(name_or_path)
     if not folder.is_dir():
         looks_local = folder.is_absolute() or str(name_or_path).startswith((".", "~")) or str(name_or_path).count("/") > 1
         if looks_local: raise FileNotFoundError(f"policy {str(name_or_path)!r}: no such folder; allowed: 'embedded', a folder, or a hub id such as 'Qwen/Qwen2.5-VL-3B-Instruct'")
-        return str(name_or_path)
-    if (folder / "adapter_config.json").is_file(): return str(folder)
+        with _reading(name_or_path, "no such folder, and it cannot be had from the hub"):
+            folder = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.jinja", "*.txt"] + ["*.safetensors"] * weights, ignore_patterns=["*/*"]))
+    for file in sorted(folder.glob("*config.json")): _read_json(file)  # of the model, of generation, of the processor
+    if (folder / _ADAPTER).is_file(): return str(folder)
     if not (folder / "config.json").is_file(): raise FileNotFoundError(f"policy {folder}: config.json is missing, so this is no model folder")
-    try: kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error: raise ValueError(f"policy {folder}: config.json cannot be read ({error})") from error
-    if kind != "qwen2_5_vl": raise ValueError(f"policy {folder}: model_type = {kind!r} in config.json; allowed: 'qwen2_5_vl'")
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"))
-        found = f"only the pickle {', '.join(pickles)}" if pickles else "no weights"
-        raise ValueError(f"policy {folder}: found {found}; allowed: *.safetensors (a pickle could run code while it loads)")
+    _check_config(folder)
+    if weights: _check_weights(folder)
     return str(folder)
 
-# %% ../nbs/08_policy.ipynb #cfbdfd37
+# %% ../nbs/08_policy.ipynb #96cdfe06
+def _read_config(policy: str | Path, path: str) -> PretrainedConfig:
+    "Returns what config.json says as transformers understands it; raises ValueError where it does not."
+    with _reading(policy, "config.json cannot be used"): return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
 def load_policy(name_or_path: str | Path = "embedded", # "embedded", a folder, or a hub id; a folder may hold full weights, or an adapter that names its base
                 dtype: str | torch.dtype = "float32", # of the weights; full training keeps float32 master weights
                 device: str | torch.device = "cpu", # where the weights go
                 four_bit: bool = False, # hold the text model's weights in NF4, double quantised; then only an adapter can be trained (an adapter's folder says itself what is under it)
                ) -> "PreTrainedModel | PeftModel":
-    "Returns a vision-language model with dropout off; reads safetensors only and runs no remote code; raises as `policy_path` does, and ValueError for damaged or incomplete weights."
+    "Returns a vision-language model with dropout off; reads safetensors only and runs no remote code; raises as `policy_path` does, and ValueError for weights that are damaged, too few or too many."
     path = policy_path(name_or_path)
-    if (Path(path) / "adapter_config.json").is_file(): return _load_adapter(Path(path), dtype, device, four_bit)
+    if (Path(path) / _ADAPTER).is_file(): return _load_adapter(Path(path), dtype, device, four_bit)
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["model.visual", "lm_head"])
-    try:
-        model, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+    config = _read_config(name_or_path, path)
+    with _reading(name_or_path, "its weights are damaged or do not fit config.json"):
+        model, info = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False, output_loading_info=True,
                                                                   **({"quantization_config": nf4, "device_map": {"": device}} if four_bit else {}))
-    except (SafetensorError, RuntimeError) as error: raise ValueError(f"policy {name_or_path}: its weights are damaged or do not fit config.json ({' '.join(str(error).split())[:300]})") from error
     if missing := sorted(info["missing_keys"]): raise ValueError(f"policy {name_or_path}: its weights lack {len(missing)} tensors, {missing[0]} among them; they would have been random")
+    if extra := sorted(k for k in info["unexpected_keys"] if not k.endswith(".inv_freq")): raise ValueError(f"policy {name_or_path}: config.json has no place for {len(extra)} tensors of its weights, {extra[0]} among them")
     for layer in model.modules():  # on a CPU with AVX-512 BF16, bitsandbytes would repack its weights in the first pass without gradient: other numbers from then on, and no gradient
         if hasattr(layer, "support_avx512bf16_for_cpu"): layer.support_avx512bf16_for_cpu = False
+    if str(name_or_path) != "embedded": model.name_or_path = str(name_or_path)  # an adapter will name its base by it: a hub id, not the folder in this machine's cache
     return (model if four_bit else model.to(device)).eval()
 
 
+getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())  # that it found no kernel for this repacking, on being imported
+
+# %% ../nbs/08_policy.ipynb #fa3900a4
+_LORA_FIELDS = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save",
+                "bias", "lora_bias", "fan_in_fan_out", "use_rslora", "use_dora", "init_lora_weights", "task_type", "base_model_name_or_path")
+
+
+def _plain_lora(folder: Path) -> "LoraConfig":
+    "Returns the LoRA that an adapter's configuration describes; raises ValueError naming the first field that goes beyond one."
+    from peft import LoraConfig
+    said, unset = _read_json(folder / _ADAPTER), LoraConfig().to_dict()
+    kind, base, revision, start, mapping = (said.get(name) for name in ("peft_type", "base_model_name_or_path", "revision", "init_lora_weights", "auto_mapping"))
+    library = str(mapping.get("parent_library")) if isinstance(mapping, dict) else mapping  # that other tools of peft's import
+    checked = {"peft_type": (kind == "LORA", "'LORA'"), "base_model_name_or_path": (isinstance(base, str) and base, "'embedded', a folder, or a hub id"), "revision": (revision in (None, "main"), "null or 'main'"),
+               "init_lora_weights": (start in (None, True, False, "gaussian"), "true, false or 'gaussian'"), "auto_mapping": (library is None or str(library).split(".")[0] == "transformers", "null, or a class of transformers")}
+    for name, value in said.items():
+        known = name in (*_LORA_FIELDS, "peft_version", "inference_mode") or not value or value == unset.get(name)
+        checked.setdefault(name, (known, "a plain LoRA, which leaves it unset"))
+    for name, (fits, allowed) in checked.items():
+        if not fits: raise ValueError(f"policy {folder}: {name} = {repr(said.get(name))[:80]} in {_ADAPTER}; allowed: {allowed}")
+    with _reading(folder, f"{_ADAPTER} cannot be used"): return LoraConfig(**{name: said[name] for name in _LORA_FIELDS if said.get(name) is not None})
+
+
 def _load_adapter(folder: Path, dtype: str | torch.dtype, device: str | torch.device, four_bit: bool) -> "PeftModel":
-    "Returns the base that an adapter's folder names, with the adapter on it."
-    if not (folder / "adapter_model.safetensors").is_file(): raise ValueError(f"policy {folder}: adapter_model.safetensors is missing; allowed: safetensors (a pickle could run code while it loads)")
+    "Returns the base that an adapter's folder names, with the adapter on it; raises ValueError where the two do not fit, or something in the folder is not as it should be."
+    if not (folder / _ADAPTER_WEIGHTS).is_file(): raise ValueError(f"policy {folder}: {_ADAPTER_WEIGHTS} is missing; allowed: safetensors (a pickle could run code while it loads)")
     from peft import PeftModel
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    said = json.loads((folder / BASE_FILE).read_text(encoding="utf-8")) if (folder / BASE_FILE).is_file() else {}
-    if "four_bit" in said: four_bit = said["four_bit"]  # the adapter was trained on such a base, and is another policy on another
-    return PeftModel.from_pretrained(load_policy(base, dtype, device, four_bit), folder, is_trainable=True).eval()
+    config = _plain_lora(folder)
+    base = config.base_model_name_or_path
+    with _reading(folder, f"the base in {_ADAPTER} cannot be used"): below = policy_path(base)
+    if (Path(below) / _ADAPTER).is_file(): raise ValueError(f"policy {folder}: base_model_name_or_path = {base!r} in {_ADAPTER}, an adapter itself; allowed: full weights")
+    held = _read_json(folder / BASE_FILE).get("four_bit", four_bit) if (folder / BASE_FILE).is_file() else four_bit  # the adapter was trained on such a base, and is another policy on another
+    if not isinstance(held, bool): raise ValueError(f"policy {folder}: four_bit = {repr(held)[:80]} in {BASE_FILE}; allowed: true, false")
+    with _reading(folder, f"{_ADAPTER_WEIGHTS} is damaged"), safe_open(folder / _ADAPTER_WEIGHTS, "pt") as file:
+        rank = max(file.get_slice(name).get_shape()[0] for name in file.keys() if name.endswith("_A.weight") or "lora_embedding_A" in name)
+    with _reading(folder, f"{_ADAPTER} cannot be used"):  # before anything of that size is made
+        if (most := max([config.r, *(config.rank_pattern or {}).values()])) > rank: raise ValueError(f"rank {most}, but that of {_ADAPTER_WEIGHTS} is {rank}")
+    model = load_policy(base, dtype, device, held)
+    with _reading(folder, f"{_ADAPTER} does not fit {base}"): adapted = PeftModel(model, config)
+    with _reading(folder, f"{_ADAPTER_WEIGHTS} does not fit {_ADAPTER}"): found = adapted.load_adapter(folder, "default", is_trainable=True)
+    if odd := sorted(found.missing_keys + found.unexpected_keys): raise ValueError(f"policy {folder}: {_ADAPTER_WEIGHTS} does not fit {_ADAPTER} ({len(odd)} tensors are in one alone, {odd[0]} among them)")
+    return adapted.eval()
 
 # %% ../nbs/08_policy.ipynb #7f12306a
 class _VLProcessorKwargs(ProcessingKwargs, total=False):
@@ -116,19 +204,29 @@ def load_processor(name_or_path: str | Path = "embedded", # as for `load_policy`
                    min_pixels: int | None = None, # smallest area a picture is resized to; None keeps the model's own
                    max_pixels: int | None = None, # largest
                   ) -> VLProcessor:
-    "Returns the processor of a policy; raises FileNotFoundError naming the file that a model folder lacks."
-    path = policy_path(name_or_path)
-    if Path(path).is_dir():
-        for need in (("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")):
-            if not any((Path(path) / n).is_file() for n in need):
-                raise FileNotFoundError(f"policy {path}: its processor is missing ({' or '.join(need)}); save the tokenizer and the image processor beside the weights")
+    "Returns the processor of a policy; raises FileNotFoundError naming the file that a model folder lacks, ValueError naming one that is broken."
+    path = policy_path(name_or_path, weights=False)
+    there = lambda *names: next((n for n in names if (Path(path) / n).is_file()), None)
+    for need in (("tokenizer.json", "vocab.json"), ("preprocessor_config.json", "processor_config.json")):
+        if not there(*need): raise FileNotFoundError(f"policy {path}: its processor is missing ({' or '.join(need)}); save the tokenizer and the image processor beside the weights")
     size = {k: v for k, v in (("min_pixels", min_pixels), ("max_pixels", max_pixels)) if v is not None}
-    try:
+    sample = Image.new("RGB", (56, 56))
+    with _reading(name_or_path, f"its processor cannot be read: {there('preprocessor_config.json', 'processor_config.json')}"):
         images = Qwen2VLImageProcessorPil.from_pretrained(path, **size)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, padding_side="left")
-    except (OSError, ValueError) as error: raise ValueError(f"policy {name_or_path}: its processor cannot be read ({' '.join(str(error).split())[:300]})") from error
+        for name, value, most in (*((n, getattr(images, n), 64) for n in ("patch_size", "temporal_patch_size", "merge_size")), ("size.shortest_edge", images.size["shortest_edge"], 2**24), ("size.longest_edge", images.size["longest_edge"], 2**40)):
+            if type(value) is not int or not 1 <= value <= most: raise ValueError(f"{name} = {repr(value)[:80]}; allowed: a whole number from 1 to {most}")
+        if not images(images=[sample], return_tensors="pt")["pixel_values"].isfinite().all(): raise ValueError("a plain picture becomes infinite")
+    config = _read_config(name_or_path, path) if there("config.json") else None  # not beside an adapter
+    with _reading(name_or_path, f"its processor cannot be read: {there('tokenizer.json', 'vocab.json')} or tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, trust_remote_code=False, padding_side="left")
+        processor = VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+        if tokenizer.pad_token_id is None or processor.image_token_id is None: raise ValueError(f"no pad token, or no {processor.image_token}")
     if tokenizer.chat_template is None: raise ValueError(f"policy {path}: its tokenizer has no chat template")
-    return VLProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    with _reading(name_or_path, f"its chat template cannot be used: {there('chat_template.jinja') or 'tokenizer_config.json'}"):
+        for content, pictures in (([{"type": "image", "image": sample}, {"type": "text", "text": "Which?"}], 1), ("Which?", 0)):
+            text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+            if (text.count(processor.image_token), text.count("Which?")) != (pictures, 1): raise ValueError(f"{text[:80]!r} for a question about {pictures} pictures; allowed: one {processor.image_token} a picture, and the question")
+    return processor
 
 # %% ../nbs/08_policy.ipynb #5d270714
 def as_plain_text(processor: VLProcessor, # whose special tokens

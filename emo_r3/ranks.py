@@ -6,6 +6,7 @@
 __all__ = ['T', 'RankLost', 'Ranks']
 
 # %% ../nbs/11b_ranks.ipynb #7b16b4f1
+import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -43,15 +44,24 @@ class Ranks:
         "Returns when every rank is here; raises RankLost, naming the missing, after the time-out."
         if self.world == 1: return
         try: dist.monitored_barrier(self.group, timeout=timedelta(seconds=self.timeout_s), wait_all_ranks=True)
-        except RuntimeError as error: raise RankLost(f"rank {self.rank} of {self.world} waited {self.timeout_s:g} s ({where}): {' '.join(str(error).split())[:300]}") from error
+        except RuntimeError as error: raise self._lost(where, error) from error
+
+    def _lost(self, where: str, error: RuntimeError) -> RankLost:
+        return RankLost(f"rank {self.rank} of {self.world} waited up to {self.timeout_s:g} s ({where}): {' '.join(str(error).split())[:300]}")
 
     def every(self, thing: T, where: str) -> list[T]: # one a rank, in their order
-        "Returns what each rank brought."
+        "Returns what each rank brought, anything that JSON can hold."
         if self.world == 1: return [thing]
         self.meet(where)
-        found: list = [None] * self.world
-        dist.all_gather_object(found, thing, self.group)
-        return found
+        mine = torch.frombuffer(bytearray(json.dumps(thing, default=float).encode()), dtype=torch.uint8)  # JSON, for a pickle from a neighbour could run code
+        try:
+            sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world)]
+            dist.all_gather(sizes, torch.tensor([len(mine)]), self.group)
+            padded = torch.cat([mine, mine.new_zeros(int(max(sizes)) - len(mine))])
+            found = [torch.empty_like(padded) for _ in sizes]
+            dist.all_gather(found, padded, self.group)
+        except RuntimeError as error: raise self._lost(where, error) from error
+        return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes)]
 
     def told(self, thing: T, where: str) -> T:
         "Returns what the first rank brought."
@@ -67,7 +77,8 @@ class Ranks:
         self.meet("adding up gradients")
         for group in _buckets([p.grad for p in parameters], 2**25):
             flat = torch.cat([g.flatten() for g in group])
-            dist.all_reduce(flat)
+            try: dist.all_reduce(flat)
+            except RuntimeError as error: raise self._lost("adding up gradients", error) from error
             for g, part in zip(group, flat.split([g.numel() for g in group])): g.copy_(part.view_as(g))
 
 

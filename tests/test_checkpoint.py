@@ -157,6 +157,31 @@ def test_newest_first_and_retention(tmp_path):
     assert [p.name for p in checkpoints(tmp_path)] == ["step_000100"] and not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
 
+def test_a_disk_that_cannot_be_read_is_damage_too(tmp_path, monkeypatch, capsys):
+    for step in (1, 2): make(tmp_path, step)
+    real = checkpoint.file_sha256
+    def bad_sector(path):
+        if "step_000002" in str(path): raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+    monkeypatch.setattr(checkpoint, "file_sha256", bad_sector)
+    assert latest_checkpoint(tmp_path) == tmp_path / "step_000001" and "Input/output error" in capsys.readouterr().err
+
+
+def test_somebody_elses_run_is_left_as_it_is(tmp_path, capsys):
+    for step in (1, 2): make(tmp_path, step)
+    flip(tmp_path / "step_000002" / "state.json")
+    assert latest_checkpoint(tmp_path, set_aside=False) == tmp_path / "step_000001"
+    assert "state.json" in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ["step_000001", "step_000002"]
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "x").write_text("old")
+    (tmp_path / "policy").rename(tmp_path / ".policy.partial-123-old")
+    (tmp_path / ".policy.partial-123").mkdir()
+    with only_one(tmp_path): assert (tmp_path / "policy" / "x").read_text() == "old" and sorted(os.listdir(tmp_path)) == [".lock", "policy"]
+
+
 # ---- what comes back
 
 def test_random_numbers_go_on_where_they_were():
@@ -249,7 +274,8 @@ with StopSignals() as stop:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         assert "good order" in process.stderr.readline() + process.stderr.readline()
-        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)  # an echo, as from a supervisor and its group
+        time.sleep(1.2)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 143

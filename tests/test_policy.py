@@ -1,10 +1,15 @@
 """Loading refuses what could run code or is incomplete; rows of prompt and completion score as single ones do; an adapter is apart from its base; saving is whole or nothing."""
 import json
+import logging
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from emo_r3.data import EMOTION6
@@ -230,6 +235,41 @@ def test_staging_leaves_nothing_behind_on_failure(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["policy", "old"]
 
 
+# ---- folders that someone else made
+
+@pytest.fixture(scope="module")
+def folders(policy, processor, tmp_path_factory):
+    "A saved policy and a saved adapter on it, not to be changed."
+    root = tmp_path_factory.mktemp("folders")
+    whole = save_policy(policy, processor, root / "policy")
+    model = add_lora(load_policy(whole), rank=2, alpha=4.0)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_B" in n: p.add_(0.02)
+    return whole, save_policy(model, processor, root / "adapter")
+
+
+@pytest.fixture
+def whole(folders, tmp_path): return Path(shutil.copytree(folders[0], tmp_path / "policy"))
+
+
+@pytest.fixture
+def adapter(folders, tmp_path): return Path(shutil.copytree(folders[1], tmp_path / "adapter"))
+
+
+def change(file, **values): file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def change_part(file, part, **values): change(file, **{part: json.loads(file.read_text())[part] | values})
+
+
+def refused(load, folder, *words, error=ValueError):
+    "One line that names the folder and every word."
+    with pytest.raises(error) as caught: load(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+    for word in (str(folder), *words): assert word in str(caught.value), (word, str(caught.value))
+
+
 @pytest.mark.parametrize("spoil, error, says", [
     (lambda f: (f / "config.json").unlink(), FileNotFoundError, "config.json"),
     (lambda f: [p.unlink() for p in f.glob("*.safetensors")], ValueError, "no weights"),
@@ -238,23 +278,258 @@ def test_staging_leaves_nothing_behind_on_failure(tmp_path):
     (lambda f: (f / "config.json").write_text('{"model_type": "bert"}'), ValueError, "model_type = 'bert'"),
     (lambda f: (f / "config.json").write_text("{"), ValueError, "config.json cannot be read"),
     (lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace('"intermediate_size": 512', '"intermediate_size": 256')), ValueError, "do not fit"),
+    (lambda f: change(f / "config.json", text_config="x"), ValueError, "config.json cannot be used"),
+    (lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}), ValueError, "quantization_config = {'quant_method': 'gptq', 'bits': 4} in config.json"),
+    (lambda f: change_part(f / "config.json", "text_config", quantization_config={"quant_method": "gptq"}), ValueError, "quantization_config"),
+    (lambda f: change(f / "config.json", transformers_weights="other.safetensors.index.json"), ValueError, "transformers_weights"),
+    (lambda f: change(f / "config.json", fusion_config={"patch_embeddings": True}), ValueError, "fusion_config"),
 ])
-def test_unusable_folders_are_refused_by_name(policy, processor, tmp_path, spoil, error, says):
-    folder = save_policy(policy, processor, tmp_path / "p")
-    spoil(folder)
-    with pytest.raises(error, match=says) as caught: load_policy(folder)
-    assert "\n" not in str(caught.value)
+def test_unusable_folders_are_refused_by_name(whole, spoil, error, says):
+    spoil(whole)
+    refused(load_policy, whole, says, error=error)
 
 
-def test_folder_without_processor_is_refused_by_name(policy, processor, tmp_path):
-    folder = save_policy(policy, processor, tmp_path / "p")
-    whole = (folder / "tokenizer.json").read_text()
-    (folder / "tokenizer.json").write_text(whole[:500])
-    with pytest.raises(ValueError, match="its processor cannot be read"): load_processor(folder)
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"): load_processor(folder)
-    shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError, match="no such folder"): load_policy(folder)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "preprocessor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text, says", [("[]", "it holds a list"), ('"x"', "it holds a str"), ("{", "cannot be read"), ("[" * 100_000, "recursion"), ("\xff", "utf-8")])
+def test_files_that_hold_no_object_are_refused_by_name(whole, file, text, says):
+    (whole / file).write_bytes(text.encode("latin-1"))
+    for load in (load_policy, load_processor): refused(load, whole, file, says)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_an_object_too_deep_for_transformers_is_refused(whole, file):
+    (whole / file).write_text((whole / file).read_text().rstrip()[:-1] + ', "deep": ' + "[" * 700 + "]" * 700 + "}")
+    refused(load_processor, whole, file, "RecursionError")
+
+
+@pytest.mark.parametrize("shards, says", [
+    ('{"metadata": {}, "weight_map": {"lm_head.weight": "part.bin"}}', "names 'part.bin'"), ('{"metadata": {}, "weight_map": {"a": "part-1.safetensors", "b": "../part.safetensors"}}', "names '../part.safetensors'"),
+    ('{"metadata": {}, "weight_map": {"a": "/part.safetensors"}}', "names '/part.safetensors'"), ('{"metadata": {}, "weight_map": {"a": "..\\\\part.safetensors"}}', "part.safetensors"), ('{"metadata": {}, "weight_map": {"a": ["x.safetensors"]}}', "names ['x.safetensors']"),
+    ('{"metadata": {}, "weight_map": []}', "lacks weight_map"), ('{"weight_map": {"a": "part.safetensors"}}', "metadata"), ("[]", "it holds a list"), ("{", "cannot be read"),
+])
+def test_a_list_of_shards_leads_to_safetensors_of_its_folder(whole, monkeypatch, shards, says):
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("a pickle was opened"))
+    (whole / "model.safetensors").rename(whole / "decoy.safetensors")
+    torch.save({}, whole / "part.bin")
+    (whole / "model.safetensors.index.json").write_text(shards)
+    refused(load_policy, whole, "model.safetensors.index.json", says)
+
+
+def test_shards_load(policy, whole):
+    (whole / "model.safetensors").unlink()
+    policy.save_pretrained(whole, max_shard_size="4MB")
+    assert len(list(whole.glob("*.safetensors"))) > 1 and (whole / "model.safetensors.index.json").is_file()
+    assert all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), load_policy(whole).state_dict().values()))
+    next(whole.glob("*.safetensors")).unlink()
+    refused(load_policy, whole, "FileNotFoundError", ".safetensors")
+
+
+@pytest.mark.parametrize("part, values, says", [
+    ("vision_config", {"depth": -1}, "no place for 48 tensors"), ("vision_config", {"depth": 3}, "no place for 12 tensors"), ("text_config", {"num_hidden_layers": 3, "layer_types": None}, "no place for 12 tensors"),
+    ("text_config", {"num_hidden_layers": 5, "layer_types": None}, "lack 12 tensors"),
+])
+def test_weights_that_the_configuration_does_not_describe_are_refused(whole, part, values, says):
+    "Some would load in silence, and be another policy."
+    change_part(whole / "config.json", part, **values)
+    refused(load_policy, whole, says, "blocks.0" if part == "vision_config" and values["depth"] < 0 else "model.")
+
+
+def test_weights_that_transformers_ties_renames_or_computes_are_no_surplus(policy, whole):
+    weights = load_file(whole / "model.safetensors")
+    same = lambda: all(torch.equal(a, b) for a, b in zip(policy.state_dict().values(), load_policy(whole).state_dict().values()))
+    assert "lm_head.weight" not in weights and any(k.startswith("visual.") for k in weights)  # the names of the hub
+    (table,) = (v for k, v in weights.items() if k.endswith("embed_tokens.weight"))
+    save_file(weights | {"lm_head.weight": table.clone(), "visual.rotary_pos_emb.inv_freq": torch.ones(4), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, whole / "model.safetensors", {"format": "pt"})
+    assert same()
+    save_file({k.replace("model.", "model.language_model.") if k.startswith("model.") else f"model.{k}": v for k, v in weights.items()}, whole / "model.safetensors", {"format": "pt"})
+    assert same()
+    save_file(weights | {"model.layers.9.mlp.up_proj.weight": torch.ones(2, 2)}, whole / "model.safetensors", {"format": "pt"})
+    refused(load_policy, whole, "no place for 1 tensors", "layers.9.mlp.up_proj.weight")
+
+
+def test_a_policy_saved_in_four_bits_loads(processor, tmp_path):
+    packed = load_policy(four_bit=True)
+    again = load_policy(save_policy(packed, processor, tmp_path / "packed"))
+    assert again.is_loaded_in_4bit and all(torch.equal(a, b) for a, b in zip(packed.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+@pytest.mark.parametrize("value", ["kernels-community/flash-attn3", "flash_attention_2", {"": "eager", "text_config": "kernels-community/flash-attn3", "vision_config": "eager"}])
+def test_a_configuration_does_not_choose_the_attention(whole, monkeypatch, part, name, value):
+    from transformers.integrations import hub_kernels
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", lambda *args, **options: pytest.fail("a kernel was asked for"))
+    change_part(whole / "config.json", part, **{name: value}) if part else change(whole / "config.json", **{name: value})
+    config = load_policy(whole).config
+    assert {c._attn_implementation for c in (config, config.text_config, config.vision_config)} == {"sdpa"}
+
+
+def test_folder_without_processor_is_refused_by_name(whole):
+    text = (whole / "tokenizer.json").read_text()
+    (whole / "tokenizer.json").write_text(text[:500])
+    refused(load_processor, whole, "its processor cannot be read", "tokenizer.json")
+    (whole / "tokenizer.json").unlink()
+    refused(load_processor, whole, "tokenizer.json", error=FileNotFoundError)
+    shutil.rmtree(whole)
+    with pytest.raises(FileNotFoundError, match="no such folder"): load_policy(whole)
+
+
+@pytest.mark.parametrize("file, values, says", [
+    ("preprocessor_config.json", {"patch_size": 0}, "patch_size = 0; allowed: a whole number from 1"), ("preprocessor_config.json", {"patch_size": "x"}, "patch_size = 'x'"), ("preprocessor_config.json", {"patch_size": 10**6}, "patch_size = 1000000"),
+    ("preprocessor_config.json", {"merge_size": 2.0}, "merge_size = 2.0"), ("preprocessor_config.json", {"temporal_patch_size": True}, "temporal_patch_size = True"), ("preprocessor_config.json", {"size": {"shortest_edge": 10**12, "longest_edge": 10**13}}, "size.shortest_edge"),
+    ("preprocessor_config.json", {"size": {"shortest_edge": 1024, "longest_edge": "x"}}, "size.longest_edge = 'x'"), ("preprocessor_config.json", {"image_mean": "x"}, "mean"), ("preprocessor_config.json", {"image_std": [0, 0, 0]}, "infinite"),
+    ("preprocessor_config.json", {"rescale_factor": "x"}, "preprocessor_config.json"), ("tokenizer_config.json", {"pad_token": None}, "no pad token"), ("tokenizer_config.json", {"pad_token": 5}, "pad_token"), ("tokenizer_config.json", {"tokenizer_class": ["x"]}, "tokenizer_config.json"),
+    ("config.json", {"text_config": "x"}, "config.json cannot be used"),
+])
+def test_a_processor_that_cannot_prepare_a_prompt_is_refused(whole, file, values, says):
+    change(whole / file, **values)
+    refused(load_processor, whole, file, says)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '"x"', "{"])
+def test_a_tokenizer_that_is_none_is_refused(whole, text):
+    (whole / "tokenizer.json").write_text(text)
+    refused(load_processor, whole, "its processor cannot be read", "tokenizer.json")
+
+
+@pytest.mark.parametrize("template, says", [
+    ("{% for", "TemplateSyntaxError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"), ("{{ cycler.__init__.__globals__.os.system('true') }}", "SecurityError"), ("{{ raise_exception('no') }}", "TemplateError: no"), ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ messages[7].content.text }}", "UndefinedError"), ("hello", "'hello' for a question about 1 pictures"), ("{{ messages[0].content }}<|image_pad|>", "<|image_pad|>"),
+])
+def test_a_chat_template_is_tried(whole, template, says):
+    (whole / "chat_template.jinja").write_text(template)
+    refused(load_processor, whole, "chat_template.jinja", says)
+    (whole / "chat_template.jinja").unlink()
+    change(whole / "tokenizer_config.json", chat_template=template)
+    refused(load_processor, whole, "tokenizer_config.json", says)
+
+
+# ---- adapters that someone else made
+
+@pytest.mark.parametrize("values", [
+    {"megatron_config": {"a": 1}}, {"megatron_core": "megatron.evil"}, {"auto_mapping": {"base_model_class": "E", "parent_library": "evil"}}, {"auto_mapping": "evil"}, {"runtime_config": {"ephemeral_gpu_offload": True}}, {"loftq_config": {"loftq_bits": 4}},
+    {"eva_config": {"rho": 2.0}}, {"corda_config": {"cache_file": "cache.pt"}}, {"init_lora_weights": "corda"}, {"init_lora_weights": "loftq"}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "eva"}, {"arrow_config": {"top_k": 1}}, {"layer_replication": [[0, 2], [1, 3]]},
+    {"trainable_token_indices": [1]}, {"target_parameters": ["weight"]}, {"alora_invocation_tokens": [1]}, {"use_qalora": True}, {"revision": "other"}, {"of_the_future": "x"},
+    {"peft_type": "EVIL"}, {"peft_type": "PREFIX_TUNING"}, {"peft_type": ["LORA"]}, {"peft_type": None}, {"base_model_name_or_path": None}, {"base_model_name_or_path": ""}, {"base_model_name_or_path": 5},
+])
+def test_an_adapter_that_is_more_than_a_lora_is_refused_by_the_field(adapter, monkeypatch, values):
+    import peft
+    monkeypatch.setattr(peft, "PeftModel", lambda *args: pytest.fail("peft was given it"))
+    change(adapter / "adapter_config.json", **values)
+    refused(load_policy, adapter, "adapter_config.json", f"{next(iter(values))} = ")
+
+
+@pytest.mark.parametrize("values, says", [
+    ({"target_modules": "("}, "unterminated"), ({"target_modules": ["nothing"]}, "not found"), ({"target_modules": 5}, "TypeError"), ({"target_modules": None}, "target_modules"), ({"exclude_modules": "("}, "unterminated"), ({"target_modules": ".*q_proj"}, "48 tensors are in one alone"),
+    ({"target_modules": "all-linear"}, "tensors are in one alone"), ({"use_dora": True}, "tensors are in one alone"), ({"modules_to_save": ["lm_head"]}, "lm_head"), ({"r": 4}, "rank 4"), ({"r": 10**9}, "rank 1000000000"), ({"r": 1}, "size mismatch"), ({"r": 0}, "positive"), ({"r": "x"}, "TypeError"),
+    ({"rank_pattern": {"q_proj": 10**9}}, "rank 1000000000"), ({"rank_pattern": [1]}, "AttributeError"), ({"lora_alpha": "x"}, "TypeError"), ({"lora_dropout": 5}, "dropout"), ({"bias": "x"}, "bias"), ({"task_type": "X"}, "task type"),
+    ({"base_model_name_or_path": "./nowhere"}, "'./nowhere': no such folder"), ({"base_model_name_or_path": "no/where"}, "the hub"),
+])
+def test_an_adapter_that_does_not_fit_is_refused(adapter, values, says):
+    change(adapter / "adapter_config.json", **values)
+    refused(load_policy, adapter, "adapter_config.json", says)
+
+
+@pytest.mark.parametrize("file, text, says", [
+    ("adapter_config.json", "{", "cannot be read"), ("adapter_config.json", "[]", "it holds a list"), ("adapter_config.json", "[" * 100_000, "recursion"), ("adapter_config.json", "{}", "peft_type = None"),
+    ("base.json", "{", "cannot be read"), ("base.json", "[]", "it holds a list"), ("base.json", '{"four_bit": "yes"}', "four_bit = 'yes'"), ("adapter_model.safetensors", "x" * 1000, "damaged"), ("adapter_model.safetensors", "", "damaged"),
+])
+def test_a_broken_file_of_an_adapter_is_refused_by_name(adapter, file, text, says):
+    (adapter / file).write_text(text)
+    refused(load_policy, adapter, file, says)
+
+
+def test_an_adapter_s_weights_are_all_there_and_no_others(adapter):
+    file = adapter / "adapter_model.safetensors"
+    weights, whole = load_file(file), file.read_bytes()
+    for spoiled in (dict(list(weights.items())[4:]), weights | {"base_model.model.other.lora_A.weight": torch.zeros(2, 4)}, {}, weights | {"scalar.lora_A.weight": torch.tensor(1.0)}):
+        save_file(spoiled, file)
+        refused(load_policy, adapter, "adapter_model.safetensors")
+    for n in (1000, len(whole) - 1000):  # an interrupted copy
+        file.write_bytes(whole[:n])
+        refused(load_policy, adapter, "adapter_model.safetensors is damaged")
+
+
+def test_an_adapter_does_not_lie_on_itself(adapter, tmp_path):
+    change(adapter / "adapter_config.json", base_model_name_or_path=str(adapter))
+    refused(load_policy, adapter, "adapter_config.json", "an adapter itself")
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    change(adapter / "adapter_config.json", base_model_name_or_path=str(other))
+    refused(load_policy, adapter, "adapter_config.json", "an adapter itself")
+
+
+@pytest.mark.parametrize("options", [
+    {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}, {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"v_proj": 3}, "r": 4}, {"task_type": "CAUSAL_LM"}, {"init_lora_weights": "gaussian"}, {"layers_to_transform": [1, 2]}, {"target_modules": "all-linear"},
+])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_lora_made_by_peft_alone_loads(folders, tmp_path, options):
+    from peft import LoraConfig, get_peft_model
+    model = get_peft_model(load_policy(folders[0]), LoraConfig(**({"r": 2, "target_modules": ["q_proj", "v_proj"]} | options))).eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if p.requires_grad: p.add_(0.02)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = load_policy(tmp_path / "theirs").state_dict(), model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_an_adapter_saved_again_is_the_same(adapter, processor, tmp_path):
+    again = save_policy(load_policy(adapter), processor, tmp_path / "again")
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {p.name: p.read_bytes() for p in adapter.iterdir()}
+
+
+# ---- policies of the hub
+
+@pytest.fixture
+def hub(folders, tmp_path, monkeypatch):
+    "Puts a folder into an empty cache of the hub, as if it had been fetched."
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    def fetched(name, folder):
+        place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (place / "refs").mkdir(parents=True)
+        (place / "refs/main").write_text("0" * 40)
+        return Path(shutil.copytree(folder, place / "snapshots" / ("0" * 40)))
+    return fetched
+
+
+def test_a_policy_of_the_hub_is_looked_at_as_any_folder(hub, folders, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("a pickle was opened"))
+    place = hub("someone/policy", folders[0])
+    model = load_policy("someone/policy")
+    assert load_processor("someone/policy").tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+    saved = save_policy(add_lora(model, rank=2, alpha=4.0), processor, tmp_path / "adapter")
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/policy"  # not this machine's cache
+    assert has_adapter(load_policy(saved))
+    (place / "model.safetensors").rename(place / "part.bin")
+    (place / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"lm_head.weight": "part.bin"}}')
+    with pytest.raises(ValueError, match="names 'part.bin'"): load_policy("someone/policy")
+    assert load_processor("someone/policy")  # which needs no weights
+    with pytest.raises(ValueError, match="policy no/where: no such folder, and it cannot be had from the hub"): load_policy("no/where")
+
+
+def test_an_adapter_of_the_hub_is_looked_at_too(hub, folders):
+    place = hub("someone/adapter", folders[1])
+    assert has_adapter(load_policy("someone/adapter"))
+    change(place / "adapter_config.json", megatron_config={"a": 1}, megatron_core="megatron.evil")
+    with pytest.raises(ValueError, match="megatron_config = "): load_policy("someone/adapter")
+
+
+def test_out_of_memory_is_not_blamed_on_a_file(whole, monkeypatch):
+    def full(*args, **options): raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError): load_policy(whole)
+
+
+def test_bitsandbytes_says_nothing_of_a_kernel_that_is_not_used(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no")
+    logger.warning("something else")
+    assert caplog.messages == ["something else"]
+    done = subprocess.run([sys.executable, "-c", "import emo_r3.policy, bitsandbytes"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "kernels" not in done.stderr
 
 
 def test_remote_code_is_not_run(policy, processor, tmp_path):

@@ -16,6 +16,7 @@ import emo_r3.train
 from emo_r3.checkpoint import Stopped, checkpoints
 from emo_r3.policy import add_lora, load_policy
 from emo_r3.rewards import ExtraReward, UserCodeError
+from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
 from emo_r3.train import make_config, train
 
@@ -26,7 +27,7 @@ MODES = {"one update": BASE, "several updates": replace(BASE, prompts_per_update
 CLOCKS = ("timing_s/", "perf/", "step_time")
 
 
-class Killed(BaseException): "Stands for SIGKILL: nothing catches it, and the objects it leaves behind are not used again."
+class Killed(BaseException): "Ends a run without a checkpoint, and the objects it leaves behind are not used again. (Real kills, of whole processes, are campaigns/kill9.py's.)"
 
 
 class Evaluating:
@@ -37,7 +38,7 @@ class Evaluating:
         self.seen.append(when)
         return {"here": {"accuracy": torch.rand(1).item(), "n": len(self.seen)}}
 
-    def kept_state(self): return self.seen
+    def kept_state(self): return list(self.seen)
     def set_kept_state(self, state): self.seen = list(state)
 
 
@@ -131,6 +132,44 @@ def test_stopped_again_and_again(whole, tmp_path, monkeypatch):
     assert stops == 8 and everything(folder) == whole("several updates")  # 4 steps of 2 updates each
 
 
+class Drawing:
+    "A sampler of one's own that counts what it drew, and is interrupted in the middle."
+    def __init__(self, at=None): self.drawn, self.at, self.sampler = 0, at, None
+
+    def sample(self, *args, **options):
+        self.drawn += 1
+        if self.drawn == self.at: terminate()
+        return self.sampler.sample(*args, **options)
+
+    def kept_state(self): return {"drawn": self.drawn}
+    def set_kept_state(self, state): self.drawn = state["drawn"]
+
+
+def test_what_helpers_keep_is_of_the_moment_that_is_saved(tmp_path):
+    "The third sampling is interrupted after the sampler has counted it; the run that goes on counts it once."
+    def run(folder, sampler):
+        policy = load_policy()
+        sampler.sampler = PolicySampler(policy, processor())
+        return train(BASE, policy, processor(), make_scenes("in_domain", "train", 8, seed=3), folder, evaluate=Evaluating(), sampler=sampler)
+    run(tmp_path / "whole", whole := Drawing())
+    with pytest.raises(Stopped): run(tmp_path / "run", Drawing(at=3))
+    run(tmp_path / "run", again := Drawing())
+    assert whole.drawn == again.drawn == 4 and everything(tmp_path / "run") == everything(tmp_path / "whole")
+
+
+def test_the_best_by_validation_is_kept_across_kills(tmp_path, monkeypatch):
+    folder, config = tmp_path / "run", replace(BASE, eval_every=1, save_every=1, keep_last=1, trackers=("tensorboard",))
+    accuracy = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5, 0.6])
+    monkeypatch.setattr(Evaluating, "__call__", lambda self, model, when: {"here": {"accuracy": next(accuracy)}})
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        at_call(patch, "update", 4, terminate)
+        go(config, folder)
+    assert {p.name for p in checkpoints(folder / "checkpoints")} >= {"step_000002"}
+    summary = go(config, folder)
+    assert [p.name for p in checkpoints(folder / "checkpoints")] == ["step_000002", "step_000004"]
+    assert summary["best"] == {"validation_accuracy": 0.9, "checkpoint": "step_000002"} and list((folder / "tracking").rglob("*tfevents*"))
+
+
 def test_the_newest_whole_checkpoint_is_used(whole, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -177,8 +216,19 @@ def test_another_configuration_is_refused_field_by_field(stopped, capsys):
     with pytest.raises(ValueError, match=r"learning_rate: 0.0001 -> 1e-05; beta: 0.01 -> 0.02\); allowed: the same, or --accept-changes"): go(replace(BASE, learning_rate=1e-5, beta=0.02), stopped)
     with pytest.raises(ValueError, match=r"extras: \{\} -> \{'mine': 0.5\}"): go(BASE, stopped, extras=[ExtraReward(lambda c, x: [0.0] * len(c), 0.5, "mine")])
     assert tree(stopped) == before
-    go(replace(BASE, max_steps=3), stopped, accept_changes=True)
-    assert "under another configuration: max_steps: 4 -> 3" in capsys.readouterr().err and yaml.safe_load((stopped / "config.yaml").read_text())["max_steps"] == 3
+    for change in ({"learning_rate": 1e-5}, {"max_steps": 3}, {"num_generations": 8}, {"prompts_per_step": 8, "prompts_per_update": 8}):  # what the optimizer, the schedule or the order keep
+        with pytest.raises(ValueError, match=f"{next(iter(change))}: .* cannot change within a run"): go(replace(BASE, **change), stopped, accept_changes=True)
+    assert tree(stopped) == before
+    go(replace(BASE, beta=0.02), stopped, accept_changes=True)
+    assert "under another configuration: beta: 0.01 -> 0.02" in capsys.readouterr().err and yaml.safe_load((stopped / "config.yaml").read_text())["beta"] == 0.02
+
+
+def test_another_policy_to_begin_with_is_refused(stopped):
+    "As in a notebook: the policy that was being trained is handed in again, and would become its own reference."
+    policy, before = load_policy(), tree(stopped)
+    with torch.no_grad(): next(policy.parameters()).add_(1e-3)
+    with pytest.raises(ValueError, match="began with other weights than the policy given now"): train(BASE, policy, processor(), make_scenes("in_domain", "train", 8, seed=3), stopped, evaluate=Evaluating())
+    assert tree(stopped) == before
 
 
 def test_other_pictures_are_refused(stopped):
@@ -199,10 +249,15 @@ def test_never_a_path_and_a_finished_run(stopped, tmp_path, whole):
     before = tree(stopped)
     with pytest.raises(ValueError, match="not empty"): go(BASE, stopped, resume="never")
     with pytest.raises(ValueError, match="no such folder"): go(BASE, tmp_path / "x", resume="nowhere")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no checkpoint that is whole"): go(BASE, tmp_path / "x", resume=tmp_path / "empty")
+    shutil.rmtree(tmp_path / "x")
     assert tree(stopped) == before and not (tmp_path / "x").exists()
     go(BASE, tmp_path / "branch", resume=stopped)  # from its newest checkpoint into a new folder
     branch, straight = everything(tmp_path / "branch"), whole("one update")
-    assert {k: v for k, v in branch.items() if k != "samples"} == {k: v for k, v in straight.items() if k != "samples"} and branch["samples"].items() <= straight["samples"].items()
+    left_behind = ("samples", "state", "summary")  # earlier samples, and the best checkpoint, are in the other folder
+    assert {k: v for k, v in branch.items() if k not in left_behind} == {k: v for k, v in straight.items() if k not in left_behind} and branch["samples"].items() <= straight["samples"].items()
+    assert branch["summary"] == {k: v for k, v in straight["summary"].items() if k != "best"}
     assert tree(stopped) == before
     with pytest.raises(ValueError, match="finished run"): go(BASE, tmp_path / "branch")
     go(BASE, tmp_path / "from here", resume=checkpoints(stopped / "checkpoints")[0])
@@ -261,7 +316,7 @@ def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
         with pytest.raises(FloatingPointError, match=r"2 updates in a row were skipped \(max_skipped_updates = 2\)"): go(config, folder)
     assert sorted(os.listdir(folder / "skipped")) == ["step_000001_update_1", "step_000002_update_1"] and not (folder / "summary.json").exists()
     kept = checkpoints(folder / "checkpoints")[-1]
-    assert json.loads((kept / "state.json").read_text())["step"] == 2
+    assert kept.name == "step_000002_update_1" and json.loads((kept / "state.json").read_text())["step"] == 2  # saved before it gave up
     shutil.rmtree(folder / "skipped")
     go(config, folder)  # healed: it goes on from there
     assert (folder / "summary.json").exists()

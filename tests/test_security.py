@@ -142,7 +142,6 @@ def test_a_pickle_beside_a_policy_is_not_opened(trap, tiny, model, capsys):  # n
     assert run_main(capsys, "evaluate", model, "scenes:style", *SHORT)[0] == 2
 
 
-@pytest.mark.xfail(strict=True, reason="load_policy does not look where model.safetensors.index.json leads; torch.load is asked")
 def test_a_list_of_shards_that_names_a_pickle(trap, tiny, model, capsys, monkeypatch):  # noqa: F811
     opened, real = [], torch.load
     monkeypatch.setattr(torch, "load", lambda file, *args, **options: (opened.append(str(file)), real(file, *args, **options))[1])
@@ -179,7 +178,6 @@ def test_a_chat_template_stays_in_its_box(trap, tiny, model, capsys, template): 
     assert attempt(capsys, "evaluate", model, "scenes:style", *SHORT) != 0
 
 
-@pytest.mark.xfail(strict=True, reason="load_policy takes attn_implementation from config.json; transformers then fetches such a kernel from the hub and imports it")
 def test_a_policy_does_not_choose_a_kernel_from_the_hub(trap, tiny, model, capsys, monkeypatch):  # noqa: F811
     from transformers.integrations import hub_kernels
     asked = []
@@ -209,8 +207,7 @@ def test_an_adapter_s_base_is_looked_at_as_any_policy_is(trap, tiny, adapter, ca
     fails(capsys, "evaluate", adapter, "scenes:style", *SHORT, words=["base", "pytorch_model.bin", "safetensors"])
 
 
-@pytest.mark.parametrize("values", [{"auto_mapping": {"base_model_class": "E", "parent_library": "bait"}}, {"megatron_config": {"a": 1}, "megatron_core": "bait"},
-                                    pytest.param({"megatron_config": {"a": 1}, "megatron_core": "megatron.bait"}, marks=pytest.mark.xfail(strict=True, reason="peft imports what an adapter's megatron_core names, if it begins with megatron."))])
+@pytest.mark.parametrize("values", [{"auto_mapping": {"base_model_class": "E", "parent_library": "bait"}}, {"megatron_config": {"a": 1}, "megatron_core": "bait"}, {"megatron_config": {"a": 1}, "megatron_core": "megatron.bait"}])
 def test_an_adapter_imports_nothing(trap, tiny, adapter, capsys, monkeypatch, values):  # noqa: F811
     Path("bait.py").write_text(trap.module)
     Path("megatron").mkdir()
@@ -360,7 +357,6 @@ def test_a_picture_that_is_postscript(ghostscript, tiny, capsys):  # noqa: F811
     with pytest.raises(DataError, match="not a picture"): load_examples(pixels, EMOSET8)[2].load_image()
 
 
-@pytest.mark.xfail(strict=True, reason="picture_uri lets Pillow choose among all formats")
 def test_a_sample_that_is_postscript(ghostscript, capsys):
     for picture in (make_run(Path("run"), steps=2, G=2, samples=(2,)) / "samples").glob("*.png"): picture.write_text(POSTSCRIPT)
     run_main(capsys, "report", "run")
@@ -369,7 +365,6 @@ def test_a_sample_that_is_postscript(ghostscript, capsys):
     assert not sprung
 
 
-@pytest.mark.xfail(strict=True, reason="the report opens whatever file a sample's 'picture' names")
 def test_a_sample_that_names_a_picture_outside_its_run(folder, capsys):  # noqa: F811
     Image.new("RGB", (8, 8), (1, 2, 3)).save("private.png")
     run = make_run(Path("run"), steps=2, G=2, samples=(2,))
@@ -389,14 +384,13 @@ def words(name: str) -> str:
 
 
 def planted_sample(sample: dict) -> dict:
-    "A sample in which every text is hostile; the first completion is well formed, the second is not."
-    sample["step"] = words("sample.step")
+    "A sample in which every text is hostile; the first completion is well formed, the second is not. (A text in a number's place is refused.)"
     for g, record in enumerate(sample["groups"]):
         for name in ("id", "label", "question", "picture"): record[name] = words(f"group{g}.{name}")
         record |= {"labels": [words(f"group{g}.labels")], "objects": [words(f"group{g}.objects")]}
         for i, c in enumerate(record["completions"][:2]):
             here = f"group{g}.completion{i}"
-            for name in ("text", "answer", "why", "length"): c[name] = words(f"{here}.{name}")
+            for name in ("text", "answer", "why"): c[name] = words(f"{here}.{name}")
             c |= {"steps": [words(f"{here}.step{k}") for k in (1, 2, 3)], "well_formed": i == 0}
             c["verdict"] |= {name: words(f"{here}.{name}") for name in ("consistency_answer", "coherence_answer", "written")}
             c["rewards"]["extra"] = {words(f"{here}.extra"): 1.0}
@@ -433,9 +427,9 @@ def planted(tmp_path_factory):
     return run
 
 
-SHOWN = [f"group0.completion0.{name}" for name in ("step1", "step2", "step3", "answer", "length", "consistency_answer", "coherence_answer")] + \
-        [f"group0.completion1.{name}" for name in ("step1", "text", "why", "length")] + \
-        ["group0.label", "group0.objects", "group1.label", "sample.step", "config.policy", "config.seed", "config.method", "config name", "summary.recipe", "before.fear", "after.unparsed", "domain in domain", "domain faces"]
+SHOWN = [f"group0.completion0.{name}" for name in ("step1", "step2", "step3", "answer", "extra", "consistency_answer", "coherence_answer")] + \
+        [f"group0.completion1.{name}" for name in ("step1", "text", "why")] + \
+        ["group0.label", "group0.objects", "group1.label", "config.policy", "config.seed", "config.method", "config name", "summary.recipe", "before.fear", "after.unparsed", "domain in domain", "domain faces"]
 
 
 def test_a_report_shows_hostile_words_as_words(planted, capsys):
