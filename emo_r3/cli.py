@@ -277,6 +277,7 @@ def run(config: "TrainConfig", # every choice
     policy, processor = load_pair(config.policy, frozen_weights, config.four_bit, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     if has_adapter(policy):
         if getattr(unwrapped(policy), "is_loaded_in_4bit", False): raise ValueError(f"policy = {config.policy!r}: an adapter on four-bit weights, which cannot be merged exactly; allowed: full weights, or an adapter on weights in full or half precision")
+        if config.lora_rank: raise ValueError(f"lora_rank = {config.lora_rank}: {config.policy!r} is an adapter itself, and a second one would be saved without it; allowed: lora_rank = 0, which trains the merged weights, or a policy in full weights")
         policy = policy.merge_and_unload()  # where this run starts, and its reference
     if config.lora_rank: policy = add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)
     frozen = reference(policy) if config.method in WITH_STEPS else None  # judges steps before and after; without steps the trainer copies only if it needs to

@@ -87,11 +87,11 @@ def test_3c_the_run_s_folder_is_taken_away(folder, tiny, capsys, monkeypatch):  
 def test_4_label_outside_the_set(folder, tiny, capsys):  # noqa: F811
     pictures(Path("photos/train"), labels=("fear", "exitement"))
     fails(capsys, *train(tiny, "--data", "photos"), words=["photos/train/exitement", "'exitement'", "emoset8", "amusement", "did you mean 'excitement'"])
+    assert os.listdir("out") == ["quarantine.jsonl"] and len(Path("out/quarantine.jsonl").read_text().splitlines()) == 2  # what was wrong, row by row
     Path("rows.jsonl").write_text(json.dumps({"image": "photos/train/fear/0.png", "label": "joy"}))
     fails(capsys, "evaluate", tiny / "policy", "rows.jsonl", words=["rows.jsonl, line 1", "'joy'", "emoset8"])
     fails(capsys, *train(tiny, "--label-set", "emotoin6"), words=["label_set", "'emotoin6'", "did you mean 'emotion6'"])
     fails(capsys, *train(tiny, "--label-set", "emotion6"), words=["label_set", "'emotion6'", "scenes", "emoset8"])
-    assert os.listdir("out") == ["quarantine.jsonl"]  # what was wrong, row by row
 
 
 # ---- the recipe

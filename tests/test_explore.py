@@ -1,4 +1,6 @@
 """Groups, widgets and the report: what a page must never do, checked on made-up runs and in a real browser."""
+import copy
+import itertools
 import json
 import math
 import os
@@ -6,7 +8,8 @@ import random
 import re
 import shutil
 import subprocess
-from dataclasses import asdict
+import zlib
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,14 +22,14 @@ from PIL import Image
 
 from emo_r3 import explore
 from emo_r3.advantages import group_advantages
-from emo_r3.data import EMOSET8
+from emo_r3.data import EMOSET8, DataError, SetAside, write_quarantine
 from emo_r3.evaluate import Comparison, EvalReport, Graded
-from emo_r3.explore import (Html, Line, RunReport, browse_groups, clip_explorer, direction, escape, group_html, join, line_chart, marked_objects, picture_uri, plot_clip, read_metrics,
-                            reprice, reward_sliders, show_group, smooth, tag, token_loss)
+from emo_r3.explore import (Html, Line, RunReport, browse_groups, clip_explorer, direction, escape, group_html, join, line_chart, marked_objects, picture_uri, plot_clip, ranking_html, read_config,
+                            read_metrics, read_quarantine, read_sample, read_summary, reprice, reward_sliders, sample_picture, show_group, smooth, tag, token_loss)
 from emo_r3.parsing import parse_set
 from emo_r3.rewards import RewardWeights, coherence_reward, consistency_reward, reward_completion
 from emo_r3.scenes import BOOK_COMPLETIONS, book_example, is_grounded, make_scenes, scene_objects
-from emo_r3.train import TrainConfig, make_config
+from emo_r3.train import make_config
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"></style></title>'\"&amp; \u202e \x00\x07 \ud800 ]]> ${x}"
 FEELS = dict(fear="shiver and want to hide", amusement="laugh at the joke", awe="stare in wonder", contentment="relax and breathe out", excitement="jump up with energy",
@@ -203,13 +206,74 @@ def test_a_hostile_group_shows_its_words(book):
 def test_pictures_are_scaled_down_and_errors_name_the_file(tmp_path):
     assert len(picture_uri(Image.effect_noise((3000, 2000), 90))) < 80_000
     assert picture_uri(Image.new("RGBA", (8, 8))).startswith("data:image/webp;base64,")
-    with pytest.raises(FileNotFoundError, match="gone.png does not exist"): picture_uri(tmp_path / "gone.png")
+    with pytest.raises(FileNotFoundError, match="gone.png.* does not exist"): picture_uri(tmp_path / "gone.png")
     (tmp_path / "bad.png").write_bytes(b"\x89PNG no")
-    with pytest.raises(ValueError, match="bad.png: not readable"): picture_uri(tmp_path / "bad.png")
+    with pytest.raises(DataError, match="bad.png: not a picture"): picture_uri(tmp_path / "bad.png")
+
+
+def chunk(kind, data): return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def bomb(side): # a PNG of one bit a pixel, all of them black
+    head = side.to_bytes(4, "big") * 2 + bytes([1, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes((side // 8 + 1) * side), 9)) + chunk(b"IEND", b"")
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(anything) run\n%%EOF\n"
+NO_PICTURES = {"a program": POSTSCRIPT, "a bomb": bomb(9600), "empty": b"", "cut off": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(13)), "text": b"<svg onload=alert(1)>"}
+
+
+@pytest.mark.parametrize("what", list(NO_PICTURES))
+def test_what_is_no_picture_is_a_note_in_its_place(what, tmp_path, monkeypatch):
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path / 'sprung'}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    folder = make_run(tmp_path / "run", steps=2, G=2, samples=(2,))
+    path = folder / "samples" / "step_00002_0.png"
+    path.write_bytes(NO_PICTURES[what])
+    with pytest.raises(DataError, match="step_00002_0.png: "): picture_uri(path)
+    page = Page(RunReport(folder).html()).check()
+    assert "step_00002_0.png cannot be shown" in page.text and page.tags.count("img") == 1 and "What is mistaken for what" in page.text
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_bomb_just_below_the_bound_is_a_picture(tmp_path):
+    (tmp_path / "large.png").write_bytes(bomb(2000))
+    assert picture_uri(tmp_path / "large.png").startswith("data:image/webp")
+
+
+OUTSIDE = ("{root}/private.png", "../private.png", "../../private.png", "sub/in.png", "./in.png", "..", ".", "link.png", "loop.png", "a\0b.png", "\ud800.png", "..\\private.png", "x" * 5000, "gone.png", "sub")
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_sample_leads_to_no_picture_outside_its_folder(name, tmp_path):
+    folder, name = make_run(tmp_path / "run", steps=2, G=2, samples=(2,)), name.replace("{root}", str(tmp_path))
+    for place in (tmp_path, folder): Image.new("RGB", (8, 8), (1, 2, 3)).save(place / "private.png")
+    (folder / "samples/sub").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "samples/sub/in.png")
+    (folder / "samples/link.png").symlink_to(tmp_path / "private.png")
+    (folder / "samples/loop.png").symlink_to("loop.png")
+    path = folder / "samples/step_00002.json"
+    sample = json.loads(path.read_text())
+    sample["groups"][0]["picture"] = name
+    path.write_text(json.dumps(sample))
+    page = Page(RunReport(folder).html()).check()
+    assert page.tags.count("img") == 1 and any(said in page.text for said in ("is not followed; allowed: the name of a file in samples/", "is missing", "cannot be shown"))
+    box = browse_groups(folder)
+    assert Page(box.shown.value).check().tags.count("img") == 0
+
+
+def test_links_within_samples_and_a_linked_run_are_followed(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2, G=2, samples=(2,))
+    (folder / "samples/step_00002_0.png").rename(folder / "samples/first.png")
+    (folder / "samples/step_00002_0.png").symlink_to("first.png")
+    (tmp_path / "linked").symlink_to(folder)
+    assert Page(RunReport(tmp_path / "linked").html()).check().tags.count("img") == 2
+    assert sample_picture(folder, "") is sample_picture(folder, None) is None
 
 
 def test_a_missing_picture_is_named_in_the_group(book, tmp_path):
-    assert "gone.png is missing or damaged" in group_html(book, tmp_path / "gone.png")
+    assert "gone.png is missing" in group_html(book, tmp_path / "gone.png")
     assert "no picture" in group_html(book)
 
 
@@ -277,6 +341,54 @@ def test_repricing_keeps_the_facts_and_the_group(l1, l2, preset):
     for old, c in zip(book["completions"], new["completions"]):
         assert all(old[name] == c[name] for name in ("text", "verdict", "length")) and all(old["rewards"][name] == c["rewards"][name] for name in ("accuracy", "format"))
     assert sum(c["advantage"] for c in new["completions"]) == pytest.approx(0, abs=1e-6)
+
+
+def with_own(group, weight, values):
+    "The group as it is recorded with a reward of the user's own."
+    rewards = [c["rewards"] | {"extra": {"brevity": v}, "overall": round(c["rewards"]["overall"] + weight * v, 12)} for c, v in zip(group["completions"], values)]
+    return group | {"completions": [c | {"rewards": r} for c, r in zip(group["completions"], rewards)]}
+
+
+@pytest.mark.parametrize("made_with", [RewardWeights(), RewardWeights.preset("released"), RewardWeights(lambda_reflective=0.6, lambda_format=0.3)])
+def test_repricing_keeps_what_rewards_of_your_own_added(made_with):
+    group, values = make_group(book_example(), BOOK_COMPLETIONS, made_with), (0.0, 1.0, -3.0, 0.5)
+    own, overall = with_own(group, 0.25, values), lambda record: [c["rewards"]["overall"] for c in record["completions"]]
+    for weights in (made_with, RewardWeights(), RewardWeights(lambda_reflective=0.6), RewardWeights.preset("released")):
+        new = reprice(own, weights, made_with)
+        assert overall(new) == pytest.approx([plain + 0.25 * v for plain, v in zip(overall(reprice(group, weights)), values)], abs=1e-9)
+        assert [c["rewards"]["extra"] for c in new["completions"]] == [{"brevity": v} for v in values]
+    paid = torch.tensor([overall(reprice(own, RewardWeights(), made_with))], dtype=torch.float64)
+    assert [c["advantage"] for c in reprice(own, RewardWeights(), made_with)["completions"]] == pytest.approx(group_advantages(paid, "population", 0.0)[0].tolist())
+    assert overall(reprice(own, made_with, made_with)) == pytest.approx(overall(own), abs=1e-9)
+
+
+def test_repricing_asks_for_the_prices_of_that_time(book):
+    with pytest.raises(ValueError, match=r"made_with: None for a group with rewards of your own \(brevity\); allowed: the weights that it was made with"): reprice(with_own(book, 0.2, [1, 0, 0, 0]), RewardWeights())
+    assert reprice(with_own(book, 0.0, [0] * 4) | {"completions": [c | {"rewards": c["rewards"] | {"extra": {}}} for c in book["completions"]]}, RewardWeights())
+
+
+def test_rewards_of_your_own_are_shown(book):
+    own = with_own(book, 0.2, (0.0, 1.0, -3.0, 0.5))
+    assert "brevity −3" in Page(group_html(own)).check().text and "brevity" not in group_html(book)
+    table = Page(ranking_html(own, RewardWeights(lambda_reflective=0.6), RewardWeights())).check()
+    assert "your own" in table.text and "−0.600" in table.text and "+0.200" in table.text and "your own" not in ranking_html(book, RewardWeights())
+    bars = [value for name, key, value in table.attributes if key == "aria-label" and value.startswith("reward ")]
+    assert len(bars) == 4 and any("your own -0.60" in bar for bar in bars)
+    assert all(float(width) <= 100 for width in re.findall(r"width:([\d.]+)%", ranking_html(with_own(book, 50.0, (0.0, 1.0, -3.0, 0.5)), RewardWeights(), RewardWeights())))
+    box = reward_sliders(own, RewardWeights())
+    assert re.findall(r'<th scope="row">(c\d)</th>', box.shown.value)[0] == "c1" and "your own" in box.shown.value
+
+
+def test_a_run_knows_the_prices_of_its_groups(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2, G=2, samples=())
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for given, weights in (({}, RewardWeights()), ({"preset": "released", "lambda_format": 0.2}, replace(RewardWeights.preset("released"), lambda_format=0.2)), ({"method": "grpo"}, RewardWeights.for_method("grpo"))):
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | given))
+        assert RunReport(folder).weights == weights
+    for given in ({"preset": "other"}, {"preset": [1]}, {"lambda_format": "a"}, {"lambda_reflective": [0.1]}, {"method": "<b>"}):
+        (folder / "config.yaml").write_text(yaml.safe_dump(config | given))
+        assert RunReport(folder).html()
+        with pytest.raises(ValueError): RunReport(folder).weights
 
 
 def test_reward_sliders_rank_anew(book):
@@ -367,21 +479,187 @@ def test_metrics_may_end_in_the_middle_of_a_line_but_not_break_inside(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2: not readable"): read_metrics(path)
     path.write_text('{"step": 1}\n[]\n')
-    with pytest.raises(ValueError, match=r"line 2: has no whole number 'step'"): read_metrics(path)
+    with pytest.raises(ValueError, match=r"line 2: got \[\]; allowed: an object"): read_metrics(path)
+    path.write_text('{"step": 1}\n{"reward": 2}\n')
+    with pytest.raises(ValueError, match=r"line 2: step is missing; allowed: a whole number"): read_metrics(path)
 
 
 @pytest.mark.parametrize("file, content, error, said", [
     ("config.yaml", None, FileNotFoundError, "config.yaml is missing: .* is not the folder of a run"), ("config.yaml", "[1", ValueError, "config.yaml: not readable as YAML"),
-    ("config.yaml", "- a\n", ValueError, "allowed: a mapping"), ("summary.json", "{", ValueError, "summary.json: not readable as JSON"), ("summary.json", "[]", ValueError, "holds a list"),
-    ("summary.json", '{"before": {"in_domain": {"n": 3}}}', ValueError, "before.in_domain has no number 'accuracy'"), ("summary.json", '{"after": {"style": 3}}', ValueError, "after.style has no number"),
-    ("samples/step_00010.json", "{}", ValueError, "step_00010.json: has no 'step'"), ("samples/step_00010.json", '{"step": 1, "groups": [{}]}', ValueError, "group 0 has no completions"),
-    ("samples/step_00010.json", "nope", ValueError, "step_00010.json: not readable as JSON")])
+    ("config.yaml", "- a\n", ValueError, "allowed: a mapping"), ("summary.json", "{", ValueError, "summary.json: not readable as JSON"), ("summary.json", "[]", ValueError, r"got \[\]; allowed: an object"),
+    ("summary.json", '{"before": {"in_domain": {"n": 3}}}', ValueError, "summary.json: before.in_domain.accuracy is missing; allowed: a number from 0 to 1"),
+    ("summary.json", '{"after": {"style": 3}}', ValueError, "after.style: got 3; allowed: an object"), ("summary.json", "[" * 100_000, ValueError, "summary.json: not readable as JSON"),
+    ("summary.json", '{"after": {"a b": {"n": 3, "accuracy": 1.5}}}', ValueError, "after.'a b'.accuracy: got 1.5; allowed: a number from 0 to 1"),
+    ("samples/step_00010.json", "{}", ValueError, "step_00010.json: step is missing"), ("samples/step_00010.json", '{"step": 1, "groups": [{"label": "x", "completions": []}]}', ValueError, r"groups\[0\].completions: got \[\]; allowed: a list of one or more"),
+    ("samples/step_00010.json", '{"step": 1, "groups": [{"label": "x", "completions": [{"text": 3}]}]}', ValueError, r"groups\[0\].completions\[0\].text: got 3; allowed: a text"),
+    ("samples/step_00010.json", "nope", ValueError, "step_00010.json: not readable as JSON"), ("metrics.jsonl", "[" * 100_000 + "\n", ValueError, "metrics.jsonl, line 1: not readable as JSON"),
+    ("metrics.jsonl", '{"step": 1, "eval/x/accuracy": 7}\n', ValueError, "metrics.jsonl, line 1: 'eval/x/accuracy': got 7; allowed: a number from 0 to 1"),
+    ("quarantine.jsonl", '{"where": "x"}\n', ValueError, "quarantine.jsonl, line 1: reason is missing; allowed: a text"),
+    ("config.yaml", "method: 2024-11-05\n", ValueError, "config.yaml: method: got datetime.date"), ("config.yaml", "method: 2024-13-45\n", ValueError, "config.yaml: not readable as YAML .*month"),
+    ("config.yaml", "method: [a]\n", ValueError, r"config.yaml: method: got \['a'\]; allowed: a text or null"), ("config.yaml", "method: !!set {a, b}\n", ValueError, "line 1: tag tag:yaml.org,2002:set; allowed: values without tags"),
+    ("config.yaml", "method: !!timestamp x\n", ValueError, "line 1: tag"), ("config.yaml", "a: &a [1]\nb: *a\n", ValueError, r"line 2: alias \*a; allowed: values written out"), ("config.yaml", "a: &a {b: *a}\n", ValueError, "alias"),
+    ("config.yaml", "1: 2\n", ValueError, "a field's name: got 1; allowed: a text"), ("config.yaml", "? [a]\n: b\n", ValueError, "config.yaml: not readable as YAML"), ("config.yaml", "a: {2024-11-05: b}\n", ValueError, "config.yaml: a: got"),
+    ("config.yaml", "x: " + "[" * 900 + "]" * 900, ValueError, "config.yaml: not readable as YAML .*recursion"), ("config.yaml", f"seed: 0x{'f' * 4000}\n", ValueError, "config.yaml: seed: got"),
+    ("config.yaml", "x: " + "y" * 2**20, ValueError, "config.yaml: 1,048,579 bytes; allowed: 1,048,576"), ("config.yaml", "x: \x00", ValueError, "config.yaml: not readable as YAML")])
 def test_a_broken_file_is_named(tmp_path, file, content, error, said):
     folder = make_run(tmp_path / "run", steps=4, samples=(10,))
     if content is None: (folder / file).unlink()
     else: (folder / file).write_text(content)
-    with pytest.raises(error, match=said): RunReport(folder).write()
-    assert not list(folder.glob("*report*")) and not list(folder.glob(".report*"))
+    with pytest.raises(error, match=said) as raised: RunReport(folder).write()
+    assert len(str(raised.value)) < 800 and not list(folder.glob("*report*")) and not list(folder.glob(".report*"))
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "summary.json", "metrics.jsonl", "quarantine.jsonl", "samples/step_00010.json"])
+def test_a_folder_in_a_files_place_and_bytes_that_are_no_text(tmp_path, file):
+    folder = make_run(tmp_path / "run", steps=4, samples=(10,))
+    for make in (lambda path: path.mkdir(), lambda path: path.write_bytes(b"\xff\xfe\x00{\n")):
+        shutil.rmtree(folder / file, ignore_errors=True)
+        (folder / file).unlink(missing_ok=True)
+        make(folder / file)
+        with pytest.raises((ValueError, OSError), match=re.escape(str(folder / file))): RunReport(folder).html()
+        if (folder / file).is_dir(): (folder / file).rmdir()
+
+
+# every field of every file, with everything that it may not hold
+
+GONE = object()
+DEEP = json.loads("[" * 60 + "]" * 60)
+BAD = (GONE, None, True, 0, 3, -1, 0.5, 1e308, -1e99, math.nan, math.inf, 10**400, "x", "<script>", [], {}, [3], [None], [[]], {"a": []}, {"accuracy": 2}, DEEP)
+
+
+def places(found, at=()):
+    "Where something stands in a file: every key, and the first of every list."
+    if at: yield at
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found[:1]) if isinstance(found, list) else (): yield from places(value, (*at, key))
+
+
+def changed(found, at, value):
+    found = copy.deepcopy(found)
+    *way, last = at
+    inner = found
+    for key in way: inner = inner[key]
+    if value is GONE: del inner[last]
+    else: inner[last] = value
+    return found
+
+
+def lines(rows): return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    "A short run, and for each of its files what it holds and how it is written."
+    run = make_run(tmp_path_factory.mktemp("short") / "run", steps=3, G=2, samples=(2,))
+    sample, summary = json.loads((run / "samples/step_00002.json").read_text()), json.loads((run / "summary.json").read_text())
+    sample["groups"] = sample["groups"][:1]
+    sample["groups"][0]["completions"][0]["rewards"]["extra"] = {"brevity": 0.5}
+    for when in ("before", "after", "comparison"): summary[when] = {"in_domain": summary[when]["in_domain"]}
+    for when in ("before", "after"): summary[when]["in_domain"]["per_class"] = {"awe": summary[when]["in_domain"]["per_class"]["awe"]}
+    rows = [{k: v for k, v in json.loads(line).items() if not k.startswith("eval/") or k.startswith("eval/in_domain")} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows[1] |= {"skipped_updates": 1.0, "data/quarantined": 2, "eval/in_domain/accuracy": 0.5, "eval/in_domain/grounding": 0.5, "eval/in_domain/n": 8}
+    config = {"method": "emo_r3", "seed": 1, "policy": "embedded", "preset": "paper", "templates": {"set": "x"}, "adam_betas": [0.9, 0.99], "num_generations": 2, "judge": "policy"}
+    files = {"samples/step_00002.json": (sample, json.dumps), "summary.json": (summary, json.dumps), "metrics.jsonl": (rows[:2] + rows[-1:], lines),
+             "quarantine.jsonl": ([{"where": "a", "id": "b", "reason": "c"}], lines), "config.yaml": (config, yaml.safe_dump)}
+    for name, (found, dump) in files.items(): (run / name).write_text(dump(found))
+    return run, files
+
+
+def tried(run, name, found, dump, cases):
+    "Makes the report with each change of a file; returns how many pages and how many refusals came of it. Anything but ValueError and OSError comes out of here."
+    outcome = {"page": 0, "refused": 0}
+    for at, bad in cases:
+        (run / name).write_text(dump(changed(found, at, bad)))
+        try: page = RunReport(run).html()
+        except (ValueError, OSError) as error:
+            assert str(run / name) in str(error) and len(str(error)) < 800, (at, bad)
+            outcome["refused"] += 1
+        else:
+            assert len(page) < 400_000 and not re.search(r"(?<![a-z])(nan|inf)[%,;]|[,M]nan", page), (at, bad)
+            Page(page).check()
+            outcome["page"] += 1
+    (run / name).write_text(dump(found))
+    return outcome
+
+
+def spots(found): return [(i, *at) for i, row in enumerate(found) for at in places(row)] if isinstance(found, list) else list(places(found))
+
+
+@pytest.mark.parametrize("name", ["samples/step_00002.json", "summary.json", "metrics.jsonl", "quarantine.jsonl", "config.yaml"])
+def test_a_damaged_field_is_refused_by_name_or_does_no_harm(short, name):
+    run, files = short
+    found, dump = files[name]
+    rng, at = random.Random(name), spots(found)
+    outcome = tried(run, name, found, dump, [(place, bad) for place in at for bad in rng.sample(BAD, 2)])
+    assert outcome["page"] and outcome["refused"] and sum(outcome.values()) == 2 * len(at), outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["samples/step_00002.json", "summary.json", "metrics.jsonl", "quarantine.jsonl", "config.yaml"])
+def test_every_damaged_field_is_refused_by_name_or_does_no_harm(short, name):
+    run, files = short
+    found, dump = files[name]
+    outcome = tried(run, name, found, dump, itertools.product(spots(found), BAD))
+    assert outcome["page"] and outcome["refused"]
+
+
+USED = {"samples/step_00002.json": [("step",), ("groups",), ("groups", 0, "label"), ("groups", 0, "completions"), *(("groups", 0, "completions", 0, name) for name in ("text", "steps", "well_formed", "why", "rewards", "advantage", "length")),
+                                    *(("groups", 0, "completions", 0, "rewards", name) for name in ("overall", "accuracy", "format", "consistency", "coherence", "reflective"))],
+        "summary.json": [(when, "in_domain", name) for when in ("before", "after") for name in ("n", "accuracy")] + [("comparison", "in_domain", name) for name in ("n", "gained", "lost", "p_value")]}
+
+
+@pytest.mark.parametrize("name", list(USED))
+def test_a_field_that_the_page_needs_must_be_there(short, name):
+    run, files = short
+    found, dump = files[name]
+    for at in USED[name]:
+        for bad in (GONE, None):
+            (run / name).write_text(dump(changed(found, at, bad)))
+            with pytest.raises(ValueError, match=re.escape(f"{run / name}: ") + rf".*{at[-1]}.*; allowed: "): RunReport(run).html()
+    (run / name).write_text(dump(found))
+
+
+@pytest.mark.parametrize("value", [0, -1, 1e99, -1e99, math.nan, None, "x", True])
+def test_a_whole_column_may_be_odd(short, value):
+    run, files = short
+    rows, dump = files["metrics.jsonl"]
+    for name in [n for n in rows[1] if n != "step" and not n.startswith("eval/")] if value in (0, -1e99) else ():
+        (run / "metrics.jsonl").write_text(dump([row | {name: value} if name in row else row for row in rows]))
+        Page(RunReport(run).html()).check()
+    (run / "metrics.jsonl").write_text(dump([{"step": row["step"]} | {name: value for name in rows[1] if not name.startswith(("eval/", "step"))} for row in rows]))
+    Page(RunReport(run).html()).check()
+    (run / "metrics.jsonl").write_text(dump(rows))
+
+
+@given(data=st.data())
+def test_flipped_and_lost_bytes(short, data):
+    run, files = short
+    name = data.draw(st.sampled_from(list(files)))
+    found, dump = files[name]
+    raw = bytearray(dump(found).encode())
+    for _ in range(data.draw(st.integers(1, 3))): raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    (run / name).write_bytes(raw[: data.draw(st.integers(0, len(raw))) if data.draw(st.booleans()) else len(raw)])
+    try: Page(RunReport(run).html()).check()
+    except ValueError as error: assert str(run / name) in str(error)
+    finally: (run / name).write_text(dump(found))
+
+
+def test_aliases_do_not_unfold(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2, G=2, samples=())
+    bomb = "\n".join(["l0: &l0 [x, x, x, x, x, x, x, x, x]"] + [f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 30)])
+    (folder / "config.yaml").write_text((folder / "config.yaml").read_text() + bomb + "\n")
+    with pytest.raises(ValueError, match=r"alias \*l0; allowed: values written out"): RunReport(folder)
+
+
+def test_long_values_are_cut(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2, G=2, samples=(2,))
+    (folder / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | {"policy": "p" * 100_000, "templates": {"set": "t" * 100_000}}))
+    path = folder / "samples/step_00002.json"
+    sample = json.loads(path.read_text())
+    for record in sample["groups"]:
+        record |= {"label": "l" * 100_000, "objects": ["o" * 1000] * 100}
+        for i, c in enumerate(record["completions"]): c |= {"why": "w" * 100_000, "answer": "a" * 100_000, "text": f"{i}" * 100_000, "verdict": {"consistency_answer": "y" * 100_000, "coherence_answer": "z" * 100_000, "p_yes": None}}
+    path.write_text(json.dumps(sample))
+    assert len(RunReport(folder).html()) < 200_000
 
 
 def test_a_folder_that_is_none(tmp_path):
@@ -460,7 +738,8 @@ def test_a_matrix_frames_the_right_answers_and_names_the_worst_mistake():
     cells = re.findall(r'<td style="--s:([\d.]+)"(?: class="(\w+)")?', explore._matrix(confusion, "before"))
     assert cells == [("0.700", "right"), ("0.200", ""), ("0.100", ""), ("0.000", "none"), ("0.400", "right"), ("0.600", "")]
     assert explore._worst(confusion) == "fear answered as unparsed, 6 times"
-    assert explore._worst(confusion | {"counts": [[9, 1, 0], [0, 9, 0]]}) == "no mistake twice (1 single ones)" and explore._worst(confusion | {"counts": [[9, 0, 0], [0, 9, 0]]}) == "no mistake"
+    worst = lambda *counts: explore._worst(confusion | {"counts": counts})
+    assert worst([9, 1, 0], [0, 9, 0]) == "awe answered as fear, once" and worst([9, 1, 0], [1, 9, 0]) == "none was made twice (2 single ones)" and worst([9, 0, 0], [0, 9, 0]) == "no mistake"
 
 
 def test_curves_end_at_the_last_step(run):
@@ -510,7 +789,7 @@ def test_a_torn_run_is_reported_as_far_as_it_came(tmp_path):
     (folder / "metrics.jsonl").write_text("".join(lines[:6]) + lines[6][:40])
     (folder / "samples" / "step_00004_1.png").unlink()
     text = Page(RunReport(folder).html()).check().text
-    assert "The last step on record is 5. The last line of metrics.jsonl is only half written." in text and "step_00004_1.png is missing or damaged" in text
+    assert "The last step on record is 5. The last line of metrics.jsonl is only half written." in text and "step_00004_1.png is missing" in text
 
 
 def test_what_went_wrong_is_said(tmp_path):
@@ -525,6 +804,57 @@ def test_what_went_wrong_is_said(tmp_path):
     text = Page(RunReport(folder).html()).check().text
     for part in ("grounding fell by 17 points", "the judge says Yes to 90.0\u00a0% of the step 1s while 60.0\u00a0% are true", "80.0\u00a0% of the groups were paid alike", "30.0\u00a0% of the completions ran into", "Clipped tokens"): assert part in text, part
     assert "KL to the reference" not in text  # nothing finite was recorded
+
+
+def test_health_is_told_where_there_is_something_to_tell(run, tmp_path):
+    text = lambda folder: Page(RunReport(folder).html()).check().text
+    assert "updates skipped" not in text(run) and "set aside" not in text(run)
+    folder = make_run(tmp_path / "run", steps=12, samples=())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows[1:-1]: row |= {"skipped_updates": 2.0 if row["step"] in (3, 7) else 0.0, "data/quarantined": 5}
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    (folder / "skipped/step_000003-1").mkdir(parents=True)
+    said = text(folder)
+    assert "4 updates skipped, for loss or gradient was not finite (steps 3, 7)." in said and "5 pictures or rows set aside." in said
+    write_quarantine(folder / "quarantine.jsonl", [SetAside(f"p/{i}.png", f"{i}.png", f"p/{i}.png: <b>not a picture</b>") for i in range(5)])
+    assert "5 pictures or rows set aside, the first: p/0.png: <b>not a picture</b>; p/1.png: <b>not a picture</b>." in text(folder)
+    for row in rows[1:-1]: row |= {"skipped_updates": 1.0}
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    write_quarantine(folder / "quarantine.jsonl", [SetAside("x", "x", "r" * 5000)])
+    assert "12 updates skipped, for loss or gradient was not finite (steps 1, 2, 3, 4, 5 and 7 more)." in text(folder) and f"1 picture or row set aside: {'r' * 90}…." in text(folder)
+
+
+def test_one_is_one_and_no_change_is_none(tmp_path):
+    folder = make_run(tmp_path / "run", steps=1, G=2, samples=())
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"steps": 1, "after": summary["before"], "comparison": {d: Comparison(figures["n"], 0, 0).to_dict() for d, figures in summary["before"].items()}, "wall_s": 60.0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text, accuracy = Page(RunReport(folder).html()).check().text, f"{100 * summary['before']['in_domain']['accuracy']:.1f}\u00a0%"
+    assert "trained for 1 step in 1 min. " in text and "1 step took" in text and not re.search(r"\b1 (steps|pictures|tokens|rows)\b", text)
+    assert f"Accuracy in domain stayed at {accuracy} (of 128 pictures 0 gained, 0 lost, McNemar p = 1.00). Elsewhere, in points: style unchanged, " in text
+    assert "+0.0" not in text and "−0.0 " not in text and "chance could explain" not in text and "(within chance)" not in text
+    (folder / "summary.json").unlink()
+    assert "The mean reward of the sampled completions stayed at" in RunReport(folder).html()
+    assert [explore._signed(v) for v in (0.0, -0.0, -0.001, 0.25, -3)] == ["0.00", "0.00", "0.00", "+0.25", "−3.00"]
+    assert [explore._time(s) for s in (0.2, 59, 60, 61, 3600, 7260)] == ["0.2 s", "59 s", "1 min", "1 min 1 s", "1 h", "2 h 1 min"]
+
+
+def test_numbers_say_what_they_are_of(run):
+    text = Page(RunReport(run).html()).check().text
+    summary = json.loads((run / "summary.json").read_text())
+    b, a = (f"{100 * summary[when]['in_domain']['grounding']:.1f}\u00a0%" for when in ("before", "after"))
+    assert re.search(f"Of the answers in domain, {b} before and {a} after describe only what is in the picture \\(elsewhere, in points: style ", text)
+    assert "description true, in domain" in text and "form kept, in domain" in text and "accuracy, 3 other domains" in text and ", their mean" in text
+    assert re.search(r"Truth and the judgegrounding \d+ → \d+ %", text) and re.search(r"Reflectionconsistency \d+ → \d+ %", text) and re.search(r"Reward0\.\d+ → 0\.\d+", text)
+
+
+def test_grounding_that_falls_elsewhere_is_noticed(tmp_path):
+    folder = make_run(tmp_path / "run", steps=4, samples=())
+    summary = json.loads((folder / "summary.json").read_text())
+    for d, (before, after) in {"in_domain": (0.9, 0.9), "style": (0.9, 0.7), "faces": (0.9, 0.8)}.items(): summary["before"][d]["grounding"], summary["after"][d]["grounding"] = before, after
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = Page(RunReport(folder).html()).check().text
+    assert "grounding fell by 20 points on style, by 10 points on faces, so the answers came" in text and "90.0\u00a0% before and after describe only" in text
 
 
 def test_names_from_files_are_escaped_too(tmp_path):

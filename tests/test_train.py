@@ -202,7 +202,8 @@ def test_a_trained_adapter_is_not_taken_for_a_fresh_one(processor, examples, tmp
     Trainer(replace(SMALL, beta=0.0, method="set"), adapted, processor)  # no reference is needed
     folder = save_policy(adapted, processor, tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "embedded" and json.loads((folder / "base.json").read_text()) == {"four_bit": False}
-    run(replace(SMALL, policy=str(folder), lora_rank=4, max_steps=1, eval_size=4, eval_during=4, data="scenes", trackers=()), tmp_path / "run")
+    with pytest.raises(ValueError, match="lora_rank = 4: .* is an adapter itself, and a second one would be saved without it"): run(replace(SMALL, policy=str(folder), lora_rank=4, max_steps=1, eval_size=4, trackers=()), tmp_path / "second")
+    run(replace(SMALL, policy=str(folder), max_steps=1, eval_size=4, eval_during=4, data="scenes", trackers=()), tmp_path / "run")
     row, = (json.loads(l) for l in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if '"kl"' in l)
     assert row["kl"] == 0
 
