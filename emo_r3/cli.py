@@ -154,10 +154,11 @@ def _no_columns(choices: "TrainConfig | argparse.Namespace") -> None:
 def _loaded(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
     "The rows of a split that can be used; raises DataError where too many cannot."
     bad: list[SetAside] = []
+    new = lambda: [a for a in bad if a not in set_aside]  # a line that cannot be read is in no split, and turns up in each
     try:
         found = load_examples(config.data, label_set(config.label_set), split=split, domain=Path(config.data).stem or config.data, set_aside=bad, **_columns(config))
-        sound_examples([], bad, config.max_quarantined, total=len(found) + len(bad))  # no picture is opened: the share of rows alone
-    finally: set_aside += [a for a in bad if a not in set_aside]  # a line that cannot be read is in no split, and turns up in each
+        sound_examples([], new(), config.max_quarantined, total=len(found) + len(new()))  # no picture is opened: the share of rows alone
+    finally: set_aside += new()
     return found
 
 
