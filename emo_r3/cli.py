@@ -33,6 +33,7 @@ from .scenes import DOMAINS, SPLITS, make_scenes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from emo_r3.policy import VLProcessor
+    from emo_r3.ranks import Ranks
     from emo_r3.reflection import Judge
     from emo_r3.train import TrainConfig
 
@@ -256,11 +257,12 @@ def run(config: "TrainConfig", # every choice
         recipe: str = "", # its name, for summary and report
         resume: str = "auto", # "auto", "never", or a checkpoint's folder
         accept_changes: bool = False, # resume under another configuration
+        ranks: "Ranks | None" = None, # the processes that train together; None: as torchrun says, or this one alone
        ) -> Path: # the report's page
     "Trains, evaluates before and after, prints the difference as a table, writes the report; raises ValueError or OSError for what cannot work, Stopped where a signal ended it."
     from emo_r3.ranks import Ranks
     from emo_r3.train import check_start, train
-    ranks = Ranks(config.rank_timeout_s)
+    ranks = ranks or Ranks(config.rank_timeout_s)
     check_start(output_dir, resume)
     check_writable(Path(output_dir), "output_dir")
     aside: list[SetAside] = []
@@ -340,11 +342,15 @@ def train_command(args: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(args).items() if name not in ("command", "recipe", "output_dir", "resume", "accept_changes")}
     name, config = run_config(args.recipe, given)
     from emo_r3.checkpoint import Stopped, StopSignals
+    from emo_r3.ranks import Ranks
+    ranks = Ranks(config.rank_timeout_s)
     folder = Path(args.output_dir) if args.output_dir else run_folder(Path("runs") / f"{name}-{config.method}-seed{config.seed}", args.resume)
+    folder = Path(ranks.told(str(folder), "the run's folder"))  # the others may see it already there
     try:
-        with StopSignals() as stop, stop.at_once(): print(run(config, folder, name, args.resume, args.accept_changes))
+        with StopSignals() as stop, stop.at_once(): page = run(config, folder, name, args.resume, args.accept_changes, ranks)
+        if ranks.first: print(page)
     except Stopped:
-        print(f"emo-r3: {interrupted(folder, args.resume)}", file=sys.stderr)
+        if ranks.first: print(f"emo-r3: {interrupted(folder, args.resume)}", file=sys.stderr)
         raise
 
 # %% ../nbs/18_cli.ipynb #9a27ad6e
