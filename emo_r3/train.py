@@ -400,7 +400,7 @@ def parts(trainer: Trainer, n: int) -> list[torch.Tensor]: # each (prompts_per_u
     "Returns which of a rank's n pictures each of its updates takes."
     return [p for _ in range(trainer.config.epochs_per_step) for p in torch.arange(n).split(trainer.config.prompts_per_update // trainer.ranks.world)]
 
-
+# %% ../nbs/12_train.ipynb #0b4e8936
 def make_updates(trainer: Trainer, # its policy and optimizer change
                  begun: BegunStep, # grows by the updates made
                  after_each: Callable[[FloatingPointError | None], None] = lambda error: None, # called after each update, with why it was skipped
@@ -437,7 +437,7 @@ def completion_figures(experience: Experience) -> list[dict[str, float | bool | 
                     "grounded": None if x.objects is None else is_grounded(description(completion), x.objects), "judge_right": judge_accuracy([verdict], [completion], [x]) if verdict else None})
     return out
 
-
+# %% ../nbs/12_train.ipynb #6db86d9d
 def experience_metrics(figures: Sequence[Mapping], # N, of all ranks
                        num_generations: int, # G
                       ) -> dict[str, float]:
@@ -453,7 +453,7 @@ def experience_metrics(figures: Sequence[Mapping], # N, of all ranks
             "completions/clipped_ratio": 1 - column("ended").mean().item()}
     return out | {name: sum(values) / len(values) for name, values in (("grounding", known("grounded")), ("judge/consistency_accuracy", known("judge_right"))) if values}
 
-
+# %% ../nbs/12_train.ipynb #cb7f5718
 PEAK_TFLOPS = {"H100 80GB HBM3": 989, "H200": 989, "H100 PCIe": 756, "H20": 148, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165}  # dense bf16, by the maker's data sheets
 
 
@@ -474,7 +474,7 @@ def update_flops(trainer: Trainer, experience: Experience) -> float:
     seen = sum((shape.picture(p.grid[1] // shape.merge, p.grid[2] // shape.merge) for p in shown), Cost())
     return shape.update(text, seen, weights_learn=not has_adapter(trainer.policy)) * c.epochs_per_step
 
-
+# %% ../nbs/12_train.ipynb #fe6c384c
 def step_metrics(trainer: Trainer, begun: BegunStep) -> dict[str, float]:
     "Returns all that a step reports: sampling and rewards on every rank, the mean over its updates, and the seconds of its phases."
     updates, timing = begun.updates, begun.timing | {"step_time": sum(begun.timing.values())}
@@ -660,7 +660,7 @@ class Moment:
         "Returns the present one."
         return cls(*random_states(), {name: helper.kept_state() for name, helper in helpers.items() if hasattr(helper, "kept_state")})
 
-
+# %% ../nbs/12_train.ipynb #3349af37
 def data_sha256(examples: Sequence[EmotionExample]) -> str:
     "Returns the fingerprint of what a run trains on: ids, labels and questions, in order; not what the pictures' files hold."
     return hashlib.sha256(json.dumps([[x.id, x.label, x.question] for x in examples]).encode()).hexdigest()
@@ -702,7 +702,7 @@ def save_common(staging: Path, folder: Path, trainer: "Trainer", progress: Progr
     log = folder / "metrics.jsonl"
     (staging / "metrics.jsonl").write_bytes(log.read_bytes() if log.exists() else b"")
 
-# %% ../nbs/12_train.ipynb #3349af37
+# %% ../nbs/12_train.ipynb #e933ee67
 STATE = ("step", "before", "best", "skipped", "wall_s", "order", "scheduler", "param_groups", "examples_sha256", "ranks", "policy_sha256", "extras", "config", "versions")
 
 
@@ -713,7 +713,7 @@ def read_state(where: Path, # a checkpoint
     if missing := [name for name in STATE if name not in state]: raise DamagedCheckpoint(f"checkpoint {where}: state.json lacks {missing[0]!r}; was it made by another version of emo_r3?")
     return state
 
-
+# %% ../nbs/12_train.ipynb #c364ea23
 FIXED = ("prompts_per_step", "prompts_per_update", "epochs_per_step", "num_generations", "seed", "method", "learning_rate", "lr_schedule", "weight_decay", "adam_betas", "lora_rank", "freeze_vision")  # kept by the optimizer, the schedule or a step under way
 
 
@@ -737,7 +737,7 @@ def check_same(state: Mapping, # of a checkpoint
     for what, lines in (("configuration", changed), ("versions", differences(state["versions"], library_versions()))):
         for line in lines: print(f"emo-r3: resuming under another {what.removesuffix('s')}: {line}", file=sys.stderr)
 
-
+# %% ../nbs/12_train.ipynb #0cd97437
 def load_run(folder: Path, # the run's
              where: Path, # a checkpoint
              state: Mapping, # its state.json
@@ -803,7 +803,7 @@ def validation_accuracy(report: Mapping[str, Mapping]) -> float:
     "Returns the mean accuracy over an evaluation's domains."
     return sum(figures["accuracy"] for figures in report.values()) / len(report)
 
-
+# %% ../nbs/12_train.ipynb #8a768fdb
 class Run:
     "One run in its folder: what the loop does besides training."
     def __init__(self, folder: Path, # the run's
