@@ -39,7 +39,7 @@ from transformers import PreTrainedModel
 from .advantages import group_advantages, informative_groups
 from .checkpoint import (Stopped, StopSignals, check_checkpoint, checkpoint_name, checkpoints, differences, latest_checkpoint, library_versions, load_optimizer, load_weights, new_checkpoint, only_one, weights_sha256,
                                optimizer_tensors, prune_checkpoints, random_states, read_json, read_tensors, set_random_states, DamagedCheckpoint)
-from .data import EmotionExample, check_choice, did_you_mean
+from .data import EmotionExample, check_choice, did_you_mean, printable
 from .loss import grpo_loss, loss_normalizer
 from .parsing import SETCompletion, description, read_completion
 from .groups import Cost, PictureFeatures, Shape, checkpointed, cut_groups, group_logps
@@ -831,7 +831,7 @@ class Run:
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         if not self.trainer.ranks.first: return
         append_metrics(self.folder, step, metrics)
-        self.tracker.log(metrics, step=step)
+        self.tracker.log({printable(name): value for name, value in metrics.items()}, step=step)  # a domain may be called as a file is
 
     def save(self) -> Path:
         "Writes a checkpoint of the moment last noted."
