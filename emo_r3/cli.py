@@ -323,8 +323,9 @@ def run_folder(wanted: Path, # where a run would go
     from emo_r3.checkpoint import checkpoints
     folder, last, n = wanted, None, 1
     while folder.exists(): folder, last, n = wanted.with_name(f"{wanted.name}-{n + 1}"), folder, n + 1
-    unfinished = resume == "auto" and last is not None and not (last / "summary.json").exists() and checkpoints(last / "checkpoints")
-    return last if unfinished else folder
+    if resume != "auto" or last is None or (last / "summary.json").exists(): return folder
+    refused = {p.name for p in last.iterdir()} <= {"quarantine.jsonl"} if last.is_dir() else False  # it did not even begin
+    return last if refused or checkpoints(last / "checkpoints") else folder
 
 # %% ../nbs/18_cli.ipynb #54813cd2
 def interrupted(folder: Path, # of the run
