@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EMOSET8', 'EMOTION6', 'WEBEMO7', 'FORMATS', 'LONGEST', 'OF_THE_FILE', 'HEAVIEST', 'PICTURE_SUFFIXES', 'SPLITS', 'Row',
            'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'DEEPEST', 'Member', 'SIP', 'DataError', 'did_you_mean', 'printable',
-           'check_choice', 'LabelSet', 'label_set', 'emotion_question', 'StoredPicture', 'EmotionExample', 'SetAside',
-           'load_examples', 'sound_examples', 'write_quarantine', 'unpack', 'subsample', 'write_manifest',
+           'check_choice', 'LabelSet', 'label_set', 'emotion_question', 'is_file', 'StoredPicture', 'EmotionExample',
+           'stored_splits', 'holds_dataset', 'source_rows', 'source_splits', 'SetAside', 'examples_of', 'load_examples',
+           'sound_examples', 'write_quarantine', 'parts_inside', 'unpack', 'subsample', 'write_manifest',
            'read_manifest']
 
 # %% ../nbs/00_data.ipynb #3ea85b3a
@@ -188,7 +189,8 @@ def _file_is_to_blame(error: OSError) -> bool:
 # %% ../nbs/00_data.ipynb #1cc4defa
 HEAVIEST = 2**30  # bytes of one encoded picture; all the pixels that we read at all come to less, even where nothing is compressed
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    "Returns whether a path leads to a file that can be read as one: no folder, pipe or device. What the machine is to blame for is raised."
     try: return stat.S_ISREG(os.stat(path).st_mode)
     except OSError as error:
         if not _file_is_to_blame(error): raise
@@ -266,6 +268,13 @@ class EmotionExample:
         picture = self.load_image()
         return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
+    def checked_sha256(self) -> str: # 64 hexadecimal digits
+        "Returns sha256() of a picture that load_image can load, reading it once; raises as load_image does."
+        if isinstance(self.image, Image.Image): return self.sha256()
+        data = self._bytes()
+        _check_sides(_decode(data, self.where), self.where)
+        return hashlib.sha256(data).hexdigest()
+
 # %% ../nbs/00_data.ipynb #dc3d8872
 _SHOWN = reprlib.Repr()  # a short form of whatever somebody put where a word should be, however large or deeply nested it is
 _SHOWN.maxstring = _SHOWN.maxother = 200
@@ -309,7 +318,7 @@ def _folder_rows(root: Path, split: str | None, links: bool) -> Iterator[Row]:  
         for path in sorted(Path(inside, name) for inside, _, names in os.walk(folder, onerror=_closed) for name in names):
             if path.suffix.lower() not in PICTURE_SUFFIXES or path.name.startswith("."): continue
             name = path.relative_to(root).as_posix()
-            if _is_file(path): yield f"folder {folder}", path, folder.name, name
+            if is_file(path): yield f"folder {folder}", path, folder.name, name
             elif links: yield str(path), FileNotFoundError(f"picture {path} of example {name!r} does not exist"), folder.name, name
 
 # %% ../nbs/00_data.ipynb #760ef93a
@@ -363,7 +372,7 @@ def _jsonl_records(path: Path) -> Iterator[tuple[int, dict | DataError]]:
 def _table_picture(path: Path, cell: object, column: str, where: str) -> Path | DataError | FileNotFoundError:
     if not isinstance(cell, str) or not cell.strip(): return DataError(f"{where}: column {column!r} holds {_SHOWN.repr(cell)} where one picture's path is needed")
     picture = path.parent / cell.strip()
-    return picture if _is_file(picture) else FileNotFoundError(f"{where}: picture {str(picture)!r} does not exist (addresses are not fetched)")
+    return picture if is_file(picture) else FileNotFoundError(f"{where}: picture {str(picture)!r} does not exist (addresses are not fetched)")
 
 def _table_rows(path: Path, image_column: str | None, label_column: str | None, split: str | None) -> Iterator[Row]:
     of_json = path.suffix.lower() in (".jsonl", ".ndjson")
@@ -383,28 +392,37 @@ def _table_rows(path: Path, image_column: str | None, label_column: str | None, 
         else: yield where, _table_picture(path, cell, image, where), label, name
 
 # %% ../nbs/00_data.ipynb #ef899755
-def _open_dataset(source: str, split: str | None) -> tuple[Any, str]:
+def stored_splits(
+    source: str, # a hub id, a folder or a file
+) -> dict[str, Any]: # split -> datasets.Dataset; {"": ...} for one that is not divided
+    "Returns the parts of a Hugging Face data set; raises DataError or FileNotFoundError for one that cannot be read."
     import datasets
     path = Path(source)
-    if path.is_file():
-        if split is not None: raise DataError(f"{source}: one file has no splits, but split={split!r} was asked for; name the folder, or leave split out")
-        return datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train"), source
-    on_disk = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
-    found = datasets.load_from_disk(str(path)) if on_disk else datasets.load_dataset(source)
-    if isinstance(found, datasets.Dataset):
+    try:
+        if path.is_file(): return {"": datasets.load_dataset(path.suffix[1:], data_files=str(path), split="train")}
+        on_disk = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        found = datasets.load_from_disk(str(path)) if on_disk else datasets.load_dataset(source)
+    except Exception as error:  # the hub's client, arrow and the file system each have errors of their own
+        kind = "data set" if path.exists() else "file or folder here, nor a data set that the hub gives us,"
+        raise (DataError if path.exists() else FileNotFoundError)(f"{source}: no {kind} that can be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+    return {"": found} if isinstance(found, datasets.Dataset) else dict(found)
+
+def _open_dataset(source: str, split: str | None) -> tuple[Any, str]:
+    found = stored_splits(source)
+    if "" in found:
+        if split is not None and Path(source).is_file(): raise DataError(f"{source}: one file has no splits, but split={split!r} was asked for; name the folder, or leave split out")
         if split is not None: raise DataError(f"{source}: has no splits, but split={split!r} was asked for")
-        return found, source
+        return found[""], source
     if split is None and len(found) == 1: split = next(iter(found))
+    if split not in found:  # "val" and "validation" are the same
+        wanted = SPLITS.get(str(split).lower())
+        split = next((name for name in found if wanted and SPLITS.get(name.lower()) == wanted), split)
     if split not in found: raise DataError(f"{source}: split {split!r}; say one of: {', '.join(found)}")
     return found[split], f"{source}[{split}]"
 
 # %% ../nbs/00_data.ipynb #3cfff1c5
 def _dataset_rows(source: str, image_column: str | None, label_column: str | None, split: str | None) -> Iterator[Row]:
-    try: dataset, where = _open_dataset(source, split)
-    except DataError: raise
-    except Exception as error:  # the hub's client, arrow and the file system each have errors of their own
-        kind = "data set" if Path(source).exists() else "file or folder here, nor a data set that the hub gives us,"
-        raise (DataError if Path(source).exists() else FileNotFoundError)(f"{source}: no {kind} that can be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+    dataset, where = _open_dataset(source, split)
     image = _column(image_column, IMAGE_COLUMNS, dataset.column_names, "image", where)
     label = _column(label_column, LABEL_COLUMNS, dataset.column_names, "label", where)
     names = getattr(dataset.features[label], "names", None)  # a ClassLabel's words, in the order of its numbers
@@ -417,12 +435,23 @@ def _dataset_rows(source: str, image_column: str | None, label_column: str | Non
         yield here, StoredPicture(pictures, row, here, folder), value, f"{where.removeprefix(source)}{row}"
 
 # %% ../nbs/00_data.ipynb #24a234c1
-def _rows(path: str | Path, image_column: str | None, label_column: str | None, split: str | None, links: bool) -> Iterator[Row]:
+def holds_dataset(folder: Path) -> bool:
+    "Returns whether a folder holds a Hugging Face data set: one that was saved, or parquet or arrow files, at most one folder down."
+    inside = ("state.json", "dataset_dict.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
+    return any(next(folder.glob(pattern), None) for pattern in inside)
+
+def source_rows(
+    path: str | Path, # as for load_examples
+    image_column: str | None = None, # the pictures' column
+    label_column: str | None = None, # the labels' column
+    split: str | None = None, # which part of it
+    links: bool = False, # of a folder also the links that lead nowhere
+) -> Iterator[Row]:
+    "Returns the rows of a source, one after the other; raises as load_examples does for what concerns the whole source."
     source = os.path.expanduser(path)
     here, columns = Path(source), (image_column, label_column, split)
     if here.is_dir():
-        inside = ("state.json", "dataset_dict.json", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")
-        if any(next(here.glob(pattern), None) for pattern in inside): return _dataset_rows(source, *columns)
+        if holds_dataset(here): return _dataset_rows(source, *columns)
         return _folder_rows(here, split, links)
     kind = here.suffix.lower()
     if here.is_file():
@@ -432,6 +461,22 @@ def _rows(path: str | Path, image_column: str | None, label_column: str | None, 
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not here.parent.exists() and not kind[1:].isalpha()
     if hub_id: return _dataset_rows(source, *columns)
     raise FileNotFoundError(f"{source}: no such file or folder")
+
+# %% ../nbs/00_data.ipynb #ec19021d
+def source_splits(
+    path: str | Path, # as for load_examples
+) -> list[str | None]: # their names, as the source has them; [None] where it is not divided
+    "Returns the splits of a source: folders that are called so, the values of a table's column `split`, or the parts of a Hugging Face data set."
+    source = os.path.expanduser(path)
+    here, kind = Path(source), Path(source).suffix.lower()
+    if here.is_dir() and not holds_dataset(here):
+        found = [p.name for p in _folders(here)]
+        return found if found and all(name.lower() in SPLITS for name in found) else [None]
+    if here.is_file() and kind in (".csv", ".tsv", ".jsonl", ".ndjson"):
+        records = (_csv_records if kind in (".csv", ".tsv") else _jsonl_records)(here)
+        return sorted({record["split"] for _, record in records if isinstance(record, dict) and isinstance(record.get("split"), str)}) or [None]
+    if here.is_file() and kind not in (".parquet", ".arrow"): return [None]  # what it is, source_rows will say
+    return [split or None for split in stored_splits(source)] if here.exists() or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) else [None]
 
 # %% ../nbs/00_data.ipynb #f9993aea
 @dataclass(frozen=True)
@@ -446,6 +491,31 @@ def _set_aside(where: str, name: str, error: Exception) -> SetAside:
     return SetAside(plain(where), plain(name), plain(str(error)))
 
 # %% ../nbs/00_data.ipynb #da84152a
+def examples_of(
+    rows: Iterable[Row], # from source_rows, or from a reader of your own
+    label_set: LabelSet, # the words that may answer
+    *,
+    label_map: Mapping[str, str] | None = None, # what the data calls a label -> the label
+    question: str | None = None, # asked about every picture; None: emotion_question(label_set)
+    domain: str = "", # carried by every example
+    set_aside: list[SetAside] | None = None, # rows that cannot be used are appended here; None: the first one raises
+) -> list[EmotionExample]: # in the rows' order
+    "Returns the examples that rows stand for; raises DataError or FileNotFoundError for a row that cannot be used."
+    question = emotion_question(label_set) if question is None else question
+    label_map = {str(written): str(label) for written, label in (label_map or {}).items()}
+    examples, seen = [], Counter()
+    for where, picture, written, name in rows:
+        seen[name] += 1  # also for a row that is set aside, so that the others keep their names when it is mended
+        if name and seen[name] > 1: name = f"{name}#{seen[name]}"
+        try:
+            if isinstance(picture, Exception): raise picture
+            examples.append(EmotionExample(picture, question, _gold(written, label_set, label_map, where), label_set, id=name, domain=domain))
+        except (DataError, FileNotFoundError) as error:
+            if set_aside is None: raise
+            set_aside.append(_set_aside(where, name, error))
+    return examples
+
+# %% ../nbs/00_data.ipynb #d2962a2a
 def load_examples(
     path: str | Path, # folder of class folders, CSV or TSV, JSON Lines, parquet/arrow file or folder, or "owner/name" on the hub
     label_set: LabelSet, # the words that may answer
@@ -462,24 +532,12 @@ def load_examples(
 
     Raises FileNotFoundError for what is not there, and DataError for what cannot be used; both name file, row and value.
     With a list to set them aside in, single rows raise nothing, unless all of them would."""
-    question = emotion_question(label_set) if question is None else question
-    label_map = {str(written): str(label) for written, label in (label_map or {}).items()}
-    examples, seen, bad = [], Counter(), []
-    for where, picture, written, name in _rows(path, image_column, label_column, split, links=set_aside is not None):
-        seen[name] += 1  # also for a row that is set aside, so that the others keep their names when it is mended
-        if name and seen[name] > 1: name = f"{name}#{seen[name]}"
-        try:
-            if isinstance(picture, Exception): raise picture
-            examples.append(EmotionExample(picture, question, _gold(written, label_set, label_map, where), label_set, id=name, domain=domain))
-        except (DataError, FileNotFoundError) as error:
-            if set_aside is None: raise
-            bad.append(_set_aside(where, name, error))
-            set_aside.append(bad[-1])
-    if bad and not examples: raise DataError(f"{path}: nothing is left, for all {len(bad):,} rows were set aside; the first: {bad[0].reason}")
-    if not examples:
-        raise DataError(f"{path}: no examples found" + (f" in split {split!r}" if split else "") +
-                        f"; a folder needs one folder a label with pictures in it ({', '.join(PICTURE_SUFFIXES)}), a table at least one row")
-    return examples
+    rows, before = source_rows(path, image_column, label_column, split, links=set_aside is not None), len(set_aside or ())
+    examples = examples_of(rows, label_set, label_map=label_map, question=question, domain=domain, set_aside=set_aside)
+    if examples: return examples
+    if bad := (set_aside or [])[before:]: raise DataError(f"{path}: nothing is left, for all {len(bad):,} rows were set aside; the first: {bad[0].reason}")
+    raise DataError(f"{path}: no examples found" + (f" in split {split!r}" if split else "") +
+                    f"; a folder needs one folder a label with pictures in it ({', '.join(PICTURE_SUFFIXES)}), a table at least one row")
 
 # %% ../nbs/00_data.ipynb #2536cb64
 def sound_examples(
@@ -525,7 +583,8 @@ def write_quarantine(
 # %% ../nbs/00_data.ipynb #fceea580
 DEEPEST = 64  # folders inside each other
 
-def _inside(name: str) -> tuple[str, ...]:
+def parts_inside(name: str) -> tuple[str, ...]:
+    "Returns the parts of a name that somebody else wrote; raises DataError for one that leads out of its folder."
     parts = tuple(part for part in re.split(r"[/\\]", name) if part not in ("", "."))
     if name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name) or ".." in parts or "\0" in name: raise DataError("leads out of the folder; allowed: names below it")
     if len(parts) > DEEPEST: raise DataError(f"{len(parts):,} folders deep; allowed: {DEEPEST}")
@@ -598,13 +657,13 @@ def _follow(archive: Path, members: Iterable[Member], root: Path, most_bytes: in
     try:
         for name, size, content in members:
             if isinstance(content, DataError): raise content
-            parts = _inside(name)
+            parts = parts_inside(name)
             if content is None: root.joinpath(*parts).mkdir(parents=True, exist_ok=True)
-            elif isinstance(content, str): links[parts] = name, _inside(content)
+            elif isinstance(content, str): links[parts] = name, parts_inside(content)
             else: written = _pour(content, root.joinpath(*parts), size, written, most_bytes)
         for parts, (name, target) in links.items():
             source = root.joinpath(*target)
-            if target in links or not _is_file(source): raise DataError(f"a link to {_SHOWN.repr('/'.join(target))}; allowed: links to files of the archive")
+            if target in links or not is_file(source): raise DataError(f"a link to {_SHOWN.repr('/'.join(target))}; allowed: links to files of the archive")
             written = _pour(source.open("rb"), root.joinpath(*parts), 0, written, most_bytes)
     except DataError as error: raise DataError(f"{archive}, member {_SHOWN.repr(name)}: {error}") from error
     except MemoryError: raise

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['Z95', 'SHARES', 'Graded', 'grade', 'mean_or_none', 'wilson_interval', 'confusion_counts', 'ClassScore',
-           'class_scores', 'macro_f1', 'EvalReport', 'report_dict', 'evaluate', 'Comparison', 'compare', 'report_table',
-           'before_after_table', 'plot_confusion', 'label_probabilities', 'Prediction', 'predict', 'plot_prediction',
-           'upload_widget']
+           'class_scores', 'macro_f1', 'EvalReport', 'report_dict', 'check_evaluation', 'evaluate', 'write_predictions',
+           'read_predictions', 'Comparison', 'compare', 'report_table', 'before_after_table', 'plot_confusion',
+           'label_probabilities', 'Prediction', 'predict', 'plot_prediction', 'upload_widget']
 
 # %% ../nbs/14_evaluate.ipynb #ef89513c
+import json
 import math
 import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from statistics import NormalDist
@@ -30,10 +31,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data import DataError, EmotionExample, LabelSet, check_choice, emotion_question
+from .data import DataError, EmotionExample, LabelSet, check_choice, emotion_question, label_set
 from .parsing import SETCompletion, description, match_label, read_completion
 from .groups import group_logps
-from .policy import Prompts, VLProcessor, encode_prompts
+from .policy import VLProcessor, completion_logps, encode_prompts, reads_once, unwrapped
 from .prompts import DEFAULT_TEMPLATES, EVAL_METHODS, WITH_STEPS, Messages, PromptTemplates, method_messages
 from .reflection import Judge, ReflectionVerdict, reflect
 from .rewards import RewardWeights, format_reward
@@ -208,7 +209,13 @@ def report_dict(
     }
 
 # %% ../nbs/14_evaluate.ipynb #a085bd23
-def _check_evaluation(examples: Sequence[EmotionExample], method: str, mode: str, batch_size: int) -> None:
+def check_evaluation(
+    examples: Sequence[EmotionExample],  # n pictures
+    method: str,  # the prompt: one of `EVAL_METHODS`
+    mode: str,  # how answers are read as labels
+    batch_size: int,  # pictures in memory at a time
+) -> None:
+    "Raises ValueError naming what cannot be evaluated."
     check_choice("method", method, EVAL_METHODS)
     check_choice("mode", mode, ("strict", "lenient"))
     if batch_size < 1: raise ValueError(f"batch_size = {batch_size}; allowed: 1 or more")
@@ -232,7 +239,7 @@ def evaluate(
     progress: str = "",  # title of a progress bar; "": no bar
 ) -> EvalReport:
     "Returns the report of one greedy completion a picture, every picture counted; raises ValueError naming what cannot be evaluated."
-    _check_evaluation(examples, method, mode, batch_size)
+    check_evaluation(examples, method, mode, batch_size)
     weights, graded = weights or RewardWeights(), []
     with tqdm(total=len(examples), desc=progress, disable=not progress) as bar:
         for start in range(0, len(examples), batch_size):
@@ -244,6 +251,35 @@ def evaluate(
             graded += [grade(*row, weights=weights) for row in zip(part, completions, [method] * len(part), [mode] * len(part), rollouts.ended.tolist(), verdicts, strict=True)]
             bar.update(len(part))
     return EvalReport(tuple(graded), examples[0].label_set, method, mode)
+
+# %% ../nbs/14_evaluate.ipynb #0ef561d1
+def write_predictions(
+    path: str | Path,  # the file to write, JSON Lines; its folder is made
+    reports: Mapping[str, EvalReport],  # domain -> report
+) -> Path:
+    "Returns the path of a file that holds every graded completion; it is there whole or not at all."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"domain": domain, "label_set": r.label_set.name, "method": r.method, "mode": r.mode, **asdict(g)} for domain, r in reports.items() for g in r.predictions]
+    unfinished = path.with_name(f"{path.name}.partial")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # ASCII: a file's name need not be valid UTF-8
+    unfinished.replace(path)
+    return path
+
+
+def read_predictions(
+    path: str | Path,  # a file that `write_predictions` made
+) -> dict[str, EvalReport]:  # domain -> report
+    "Returns the reports of a file of predictions; raises FileNotFoundError without one, DataError naming file and line for a line that is none."
+    about, graded = {}, {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            domain, *of = (row.pop(name) for name in ("domain", "label_set", "method", "mode"))
+            graded.setdefault(domain, []).append(Graded(**row))
+            about[domain] = label_set(of[0]), *of[1:]
+        except (ValueError, TypeError, KeyError, AttributeError) as error: raise DataError(f"{path}, line {number}: no prediction ({type(error).__name__}: {error})") from error
+    return {domain: EvalReport(tuple(rows), *about[domain]) for domain, rows in graded.items()}
 
 # %% ../nbs/14_evaluate.ipynb #7526b449
 @dataclass(frozen=True)
@@ -387,10 +423,12 @@ def label_probabilities(
     if box < 0: raise ValueError(f"completion {completion[-60:]!r}: there is no \\boxed{{, where a label would stand")
     shared, tails = _tails(processor, completion[:box + len("\\boxed{")], label_set)
     asked = encode_prompts(processor, [messages])
-    prompt = Prompts((torch.cat([asked.ids[0], torch.tensor(shared)]),), asked.pictures, asked.picture_of, asked.image_token_id, asked.pad_token_id)  # question and completion, up to the label
+    prompt = replace(asked, ids=(torch.cat([asked.ids[0], torch.tensor(shared)]),))  # question and completion, up to the label
     rows = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True, padding_value=asked.pad_token_id)  # (L, T)
     mask = pad_sequence([torch.ones(len(tail), dtype=torch.long) for tail in tails], batch_first=True)
-    scores = group_logps(model, prompt, torch.zeros(len(tails), dtype=torch.long), rows, mask).double().sum(1).cpu()  # (L,)
+    of = torch.zeros(len(tails), dtype=torch.long)
+    logps = group_logps(model, prompt, of, rows, mask) if reads_once(unwrapped(model)) else completion_logps(model, prompt.take(of).padded(), rows, mask).cpu() * mask
+    scores = logps.double().sum(1).cpu()  # (L,)
     return dict(zip(label_set, scores.softmax(0).tolist()))
 
 # %% ../nbs/14_evaluate.ipynb #0ab5e9b3

@@ -163,8 +163,8 @@ def direct_messages(
     return _user_turn(fill_template(templates.direct, {"question": question}), image)
 
 # %% ../nbs/02_prompts.ipynb #486b0210
-METHODS = ("grpo", "set", "emo_r3")  # what is trained: a plain prompt; SET's prompt without reflection; the whole method
-EVAL_METHODS = (*METHODS, "direct")  # what is evaluated: those, and the prompt of SFT and the cold start
+METHODS = ("grpo", "set", "emo_r3", "sft")  # what is trained: a plain prompt; SET's prompt without reflection; the whole method; answers to copy, without reasoning
+EVAL_METHODS = (*METHODS, "direct")  # what is evaluated: those, and the prompt of SFT and the cold start by its own name
 WITH_STEPS = ("set", "emo_r3")  # the methods whose completions have three steps
 
 
@@ -176,7 +176,7 @@ def method_messages(
 ) -> Messages:
     "The question as a method's prompt puts it. Raises ValueError for an unknown method (Sec. 3.2, Table 3)."
     check_choice("method", method, EVAL_METHODS)
-    ask = {"grpo": think_messages, "direct": direct_messages}.get(method, set_messages)
+    ask = {"grpo": think_messages, "direct": direct_messages, "sft": direct_messages}.get(method, set_messages)
     return ask(question, image, templates)
 
 # %% ../nbs/02_prompts.ipynb #279e3584

@@ -77,14 +77,16 @@ def score_verdict(
     labels: Sequence[float],  # log-probabilities of the labels, in the label set's order, nats
     example: EmotionExample,  # the example with its annotated emotion E*
     weights: RewardWeights = RewardWeights(),
+    soft: bool = False,  # pay P(Yes) and P(E*) instead of 0 or 1
 ) -> ReflectionVerdict:
     "The verdict of a judge that scored both questions' answers (Sec. 3.3)."
-    said = _leader(YES_NO, yes_no)
-    felt = _leader(example.label_set.labels, labels)
-    return ReflectionVerdict(
-        consistency=consistency_reward(None if said is None else said == "Yes", weights),
-        coherence=coherence_reward(felt, example.label, weights),
-        consistency_answer=said, coherence_answer=felt, p_yes=_shares(yes_no)[0], label_probs=_shares(labels))
+    said, felt = _leader(YES_NO, yes_no), _leader(example.label_set.labels, labels)
+    p_yes, label_probs = _shares(yes_no)[0], _shares(labels)
+    if soft:
+        paid = p_yes, label_probs[example.label_set.index(example.label)]
+    else:
+        paid = consistency_reward(None if said is None else said == "Yes", weights), coherence_reward(felt, example.label, weights)
+    return ReflectionVerdict(*paid, consistency_answer=said, coherence_answer=felt, p_yes=p_yes, label_probs=label_probs)
 
 # %% ../nbs/05_reflection.ipynb #3a1c60fe
 def written_verdict(
@@ -207,7 +209,7 @@ def _write_each(
     return list(came)
 
 # %% ../nbs/05_reflection.ipynb #5793a472
-MODES = ("score", "generate")
+MODES = ("score", "generate", "soft")
 
 
 def _check_reflect(completions, examples, judge, mode, timeout_s) -> None:
@@ -216,8 +218,9 @@ def _check_reflect(completions, examples, judge, mode, timeout_s) -> None:
         raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(MODES)}{did_you_mean(mode, MODES)}")
     if len(completions) != len(examples):
         raise ValueError(f"examples: got {len(examples)} for {len(completions)} completions; expected one a completion, so repeat each for its group")
-    if not callable(getattr(judge, mode, None)):
-        raise ValueError(f"judge: {type(judge).__name__} has no method {mode!r}, which mode = {mode!r} needs")
+    method = "score" if mode == "soft" else mode
+    if not callable(getattr(judge, method, None)):
+        raise ValueError(f"judge: {type(judge).__name__} has no method {method!r}, which mode = {mode!r} needs")
 
 # %% ../nbs/05_reflection.ipynb #a812601b
 def _verdicts(judge: Judge, mode: str, questions: tuple[list[Messages], list[Messages]], examples: Sequence[EmotionExample],
@@ -229,7 +232,7 @@ def _verdicts(judge: Judge, mode: str, questions: tuple[list[Messages], list[Mes
         return [written_verdict(s, f, x, weights) for s, f, x in zip(said, felt, examples)]
     answers = [YES_NO] * len(examples), [x.label_set.labels for x in examples]
     said, felt = (_score_each_once(judge, q, o, a, timeout_s) for q, o, a in zip(questions, answers, about))
-    return [score_verdict(s, f, x, weights) for s, f, x in zip(said, felt, examples)]
+    return [score_verdict(s, f, x, weights, soft=mode == "soft") for s, f, x in zip(said, felt, examples)]
 
 # %% ../nbs/05_reflection.ipynb #de52c7ce
 def reflect(
@@ -237,7 +240,7 @@ def reflect(
     examples: Sequence[EmotionExample],  # N, the example of each; a group's example is repeated
     judge: Judge,  # who is asked
     weights: RewardWeights = RewardWeights(),  # what a verdict pays, what is malformed, and how steps are shown
-    mode: str = "score",  # "score" (compare the answers' probabilities) or "generate" (read written answers, as the paper does)
+    mode: str = "score",  # "score" (compare the answers' probabilities), "generate" (read written answers, as the paper does) or "soft" (pay the probabilities)
     templates: PromptTemplates = DEFAULT_TEMPLATES,  # holds both questions
     timeout_s: float | None = None,  # longest wait for one call of the judge, seconds; None: no limit, and no thread, as a model in this process needs it
 ) -> list[ReflectionVerdict]:

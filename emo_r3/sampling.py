@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Rollouts', 'Sampler', 'check_sampling', 'end_tokens', 'Prefix', 'prefill', 'DecodeAttention', 'mask_after_end',
-           'PolicySampler', 'share_beginnings', 'next_token_logps', 'plain_next_token_logps', 'score_answers',
-           'PolicyJudge']
+           'read_ids', 'answer_rows', 'PolicySampler', 'share_beginnings', 'next_token_logps', 'plain_next_token_logps',
+           'score_answers', 'PolicyJudge']
 
 # %% ../nbs/10_sampling.ipynb #e497243f
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
 from .groups import PictureFeatures, cut_groups, encode_pictures, forward_packed, group_logps, pack_groups, text_model
-from .policy import Prompts, VLProcessor, as_reference, banned_tokens, completion_logps, encode_prompts, unwrapped
+from .policy import Prompts, VLProcessor, as_reference, banned_tokens, completion_logps, encode_prompts, reads_once, unwrapped
 from .prompts import Messages
 
 if TYPE_CHECKING: from peft import PeftModel
@@ -108,7 +108,7 @@ def _generate(model: "PreTrainedModel | PeftModel", processor: VLProcessor, rows
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [], enabled=seed is not None):
         if seed is not None: torch.manual_seed(seed)
         out = model.generate(**{k: v.to(model.device) for k, v in rows.items()}, generation_config=config, logits_processor=LogitsProcessorList(steps))
-    ids = out[:, rows["input_ids"].shape[1]:]
+    ids = out[:, rows["input_ids"].shape[1]:] if "input_ids" in rows else out  # from embeddings only what is new comes back
     return ids, noted.finish(ids[:, -1])
 
 # %% ../nbs/10_sampling.ipynb #80474d45
@@ -204,14 +204,37 @@ def mask_after_end(completion_ids: torch.Tensor, # (N, T)
     return ((is_end.cumsum(1) - is_end.long()) == 0).long()
 
 # %% ../nbs/10_sampling.ipynb #e2c4b8b2
+def read_ids(model: "PreTrainedModel | PeftModel", # who drew them
+             processor: VLProcessor, # its processor
+             ids: torch.Tensor, # (N, T), anything behind each end
+            ) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]: # (N, T) mask; (N,) whether each ended itself; N texts
+    "Returns which tokens belong to each completion, whether it came to its end, and its text without the end token."
+    ends = end_tokens(unwrapped(model), processor)
+    mask = mask_after_end(ids, ends)
+    ended = (torch.isin(ids, torch.tensor(ends, device=ids.device)) & mask.bool()).any(1)
+    return mask, ended, tuple(processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+# %% ../nbs/10_sampling.ipynb #0c248bfc
+def answer_rows(model: "PreTrainedModel | PeftModel", # who answers
+                processor: VLProcessor, # its processor
+                rows: dict[str, torch.Tensor], # N rows as transformers' model takes them, padded on the left: input_ids, or inputs_embeds with position_ids
+                max_new_tokens: int, # longest answer, tokens
+               ) -> tuple[tuple[str, ...], tuple[bool, ...]]: # N texts; whether each ended itself
+    "Returns the greedy answer to each row; raises ValueError for settings that cannot be sampled with."
+    check_sampling(0.0, 1, max_new_tokens)
+    ids, _ = _generate(model, processor, rows, max_new_tokens, 0.0, None)
+    _, ended, texts = read_ids(model, processor, ids)
+    return texts, tuple(ended.tolist())
+
+# %% ../nbs/10_sampling.ipynb #eef81c97
 class PolicySampler:
     "Draws completions from a policy."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the policy, or a frozen reference
                  processor: VLProcessor, # its processor
                  batch_size: int = 128, # rows that are drawn at once, in whole groups
-                 shared_prefix: bool = True, # read each prompt once; False: transformers' `generate` on repeated prompts
+                 shared_prefix: bool = True, # read each prompt once, where the policy can; False: transformers' `generate` on repeated prompts
                  features: PictureFeatures | None = None, # remembered pictures, for the shared prefix
-                ): self.model, self.processor, self.batch_size, self.shared_prefix, self.features = model, processor, batch_size, shared_prefix, features
+                ): self.model, self.processor, self.batch_size, self.shared_prefix, self.features = model, processor, batch_size, shared_prefix and reads_once(unwrapped(model)), features
 
     def sample(self, messages: Sequence[Messages], # B prompts
                num_generations: int, # G
@@ -229,11 +252,8 @@ class PolicySampler:
         T, pad = max(ids.shape[1] for ids, _ in parts), self.processor.tokenizer.pad_token_id
         widen = lambda t, value: torch.nn.functional.pad(t, (0, T - t.shape[1]), value=value)
         ids, logps = torch.cat([widen(i, pad) for i, _ in parts]), torch.cat([widen(l, 0.0) for _, l in parts])  # (B * G, T)
-        ends = end_tokens(unwrapped(self.model), self.processor)
-        mask = mask_after_end(ids, ends)
-        ended = (torch.isin(ids, torch.tensor(ends, device=ids.device)) & mask.bool()).any(1)
-        texts = self.processor.tokenizer.batch_decode([row[m.bool()] for row, m in zip(ids, mask)], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Rollouts(prompts, ids.cpu(), mask.cpu(), logps.masked_fill(mask == 0, 0.0).cpu(), ended.cpu(), tuple(texts), num_generations)
+        mask, ended, texts = read_ids(self.model, self.processor, ids)
+        return Rollouts(prompts, ids.cpu(), mask.cpu(), logps.masked_fill(mask == 0, 0.0).cpu(), ended.cpu(), texts, num_generations)
 
     def draw(self, prompts: Prompts, # K
              num_generations: int, max_new_tokens: int, temperature: float, seed: int | None,
@@ -333,6 +353,7 @@ def score_answers(model: "PreTrainedModel | PeftModel", # who is asked
                   features: PictureFeatures | None = None, # remembered pictures, for the shared prefix
                  ) -> list[list[float]]: # for each question one value an answer, in nats
     "Returns the log-probability of every whole answer, without gradient."
+    shared_prefix = shared_prefix and reads_once(unwrapped(model))
     known = {options: _answer_ids(processor, options) for options in dict.fromkeys(map(tuple, answers))}
     prompts, ids = encode_prompts(processor, messages), [known[tuple(a)] for a in answers]
     if all(len(a) == 1 for options in ids for a in options):  # one pass over the questions answers all

@@ -156,7 +156,7 @@ def test_it_reads_pictures_from_files(tmp_path):
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(method="emo-r3"), "method: got 'emo-r3'; allowed: grpo, set, emo_r3, direct; did you mean 'emo_r3'?"),
+    (dict(method="emo-r3"), "method: got 'emo-r3'; allowed: grpo, set, emo_r3, sft, direct; did you mean 'emo_r3'?"),
     (dict(mode="leniant"), "mode: got 'leniant'; allowed: strict, lenient; did you mean 'lenient'?"),
     (dict(batch_size=0), "batch_size = 0; allowed: 1 or more"), (dict(examples=[]), "examples: there are none"),
 ])

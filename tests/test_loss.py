@@ -524,12 +524,13 @@ def trl_loss():
     from types import SimpleNamespace
 
     def run(new, old, ref, advantages, mask, *, loss_type, ratio="token", beta=0.0, epsilon_low=0.2, epsilon_high=0.2, delta=None,
-            max_tokens=None, num_items=None, accumulation=1):
+            max_tokens=None, num_items=None, accumulation=1, importance=None):
         x = new.clone().requires_grad_()
         accelerator = SimpleNamespace(num_processes=1, gather=lambda t: t, reduce=lambda t, reduction: t, sync_gradients=True)
         peer = SimpleNamespace(
             _get_per_token_logps_and_entropies=lambda *args, **kwargs: (x, torch.zeros_like(new), None),
-            aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+            aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, _entropy_bonus_enabled=False,
+            use_vllm=importance is not None, vllm_importance_sampling_correction=True,
             importance_sampling_level=ratio, loss_type=loss_type, beta=beta, epsilon_low=epsilon_low, epsilon_high=epsilon_high,
             max_completion_length=max_tokens, current_gradient_accumulation_steps=accumulation, accelerator=accelerator,
             args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=accumulation),
@@ -537,7 +538,7 @@ def trl_loss():
         )
         ids, weights = torch.zeros_like(mask, dtype=torch.int64), mask.to(new.dtype)
         inputs = dict(prompt_ids=ids[:, :1], prompt_mask=ids[:, :1] + 1, completion_ids=ids, completion_mask=weights, advantages=advantages,
-                      old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=weights.sum() if num_items is None else num_items)
+                      old_per_token_logps=old, ref_per_token_logps=ref, num_items_in_batch=weights.sum() if num_items is None else num_items, importance_sampling_ratio=importance)
         loss = trainer.GRPOTrainer._compute_loss(peer, None, inputs)
         loss.backward()
         return loss.detach(), x.grad, {name: values[-1] for name, values in peer._metrics["train"].items()}

@@ -55,12 +55,12 @@ def test_picture_comes_first_and_only_where_there_is_one(ask):
 
 
 def test_each_method_has_its_prompt():
-    assert METHODS == ("grpo", "set", "emo_r3") and EVAL_METHODS == (*METHODS, "direct")
+    assert METHODS == ("grpo", "set", "emo_r3", "sft") and EVAL_METHODS == (*METHODS, "direct")
     german = PromptTemplates.from_dict({name: f"{{question}} {name} <think></think> <step1></step1><step2></step2><step3></step3> \\boxed{{}}" for name in ("set", "think", "direct")})
     for templates in (DEFAULT_TEMPLATES, german):
-        for method, ask in zip(EVAL_METHODS, (think_messages, set_messages, set_messages, direct_messages)):
+        for method, ask in zip(EVAL_METHODS, (think_messages, set_messages, set_messages, direct_messages, direct_messages), strict=True):
             assert method_messages(method, QUESTION, PICTURE, templates) == ask(QUESTION, PICTURE, templates)
-    with pytest.raises(ValueError, match="method: got 'emo-r3'; allowed: grpo, set, emo_r3, direct; did you mean 'emo_r3'"): method_messages("emo-r3", QUESTION)
+    with pytest.raises(ValueError, match="method: got 'emo-r3'; allowed: grpo, set, emo_r3, sft, direct; did you mean 'emo_r3'"): method_messages("emo-r3", QUESTION)
 
 
 def test_consistency_sees_the_picture_and_coherence_does_not():

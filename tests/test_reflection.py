@@ -281,6 +281,73 @@ def test_probabilities_and_invariance(labels, yes_no, shift):
     assert moved.p_yes == pytest.approx(v.p_yes, abs=1e-9) and moved.label_probs == pytest.approx(v.label_probs, abs=1e-9)
 
 
+# --- soft: probabilities as rewards
+
+class Believes:
+    "Scores by hand: P(Yes) and P(E) are what was written down, times a common factor, as a model spends probability on answers that were not offered."
+    def __init__(self, p_yes=0.8, p_fear=0.3, offered=0.5): self.p_yes, self.p_fear, self.offered, self.calls = p_yes, p_fear, offered, []
+    def score(self, messages, answers):
+        self.calls.append(list(messages))
+        p = lambda a, n: {"Yes": self.p_yes, "No": 1 - self.p_yes, "fear": self.p_fear}.get(a, (1 - self.p_fear) / (n - 1))
+        return [[math.log(self.offered * p(a, len(options))) for a in options] for options in answers]
+
+
+@pytest.mark.parametrize("weights, unasked", [(PAPER, 0.0), (RELEASED, 0.5)])
+def test_soft_pays_the_probabilities_and_names_the_answers(weights, unasked):
+    v = reflect(BOOK, [X] * 4, Believes(0.8, 0.3), weights, mode="soft")
+    assert [(a.consistency, a.coherence) for a in v[:3]] == [(pytest.approx(0.8), pytest.approx(0.3))] * 3
+    assert [(a.consistency_answer, a.coherence_answer) for a in v] == [("Yes", "fear")] * 3 + [(None, None)]
+    assert v[3] == ReflectionVerdict(unasked, unasked) and [a.asked for a in v] == [True] * 3 + [False]
+    assert rewards(v[:1], PAPER, BOOK[:1]) == [pytest.approx(0.8 + 0.1 * (0.8 + 0.3) / 2 + 0.1)]
+
+
+def test_soft_pays_the_annotated_label_and_not_the_leading_one():
+    (v,) = reflect(BOOK[:1], [X], Believes(0.2, 0.05), mode="soft")
+    assert v.coherence == pytest.approx(0.05) and v.consistency == pytest.approx(0.2) and v.consistency_answer == "No" and v.coherence_answer is None  # the other seven are tied
+    (v,) = reflect(BOOK[:1], [replace(X, label="awe")], Believes(0.9, 0.3), mode="soft")
+    assert v.coherence == pytest.approx(0.1) and v.coherence_answer == "fear"
+
+
+def test_soft_asks_like_score_and_knows_the_same():
+    "The same questions, each once, by the same method; only what is paid differs."
+    group = [BOOK[0], BOOK[2], BOOK[0], BOOK[3]]
+    hard, soft = Believes(), Believes()
+    a, b = reflect(group, [X] * 4, hard), reflect(group, [X] * 4, soft, mode="soft")
+    assert [list(map(text_of, call)) for call in hard.calls] == [list(map(text_of, call)) for call in soft.calls] and [len(call) for call in soft.calls] == [2, 2]
+    for v, w in zip(a, b): assert (v.p_yes, v.label_probs, v.consistency_answer, v.coherence_answer, v.asked) == (w.p_yes, w.label_probs, w.consistency_answer, w.coherence_answer, w.asked)
+    assert [v.consistency for v in a] == [1, 1, 1, 0] and b[0].consistency == b[0].p_yes == pytest.approx(0.8)
+    with pytest.raises(ValueError, match="Writes has no method 'score', which mode = 'soft' needs"):
+        class Writes:
+            def generate(self, messages): return ["Yes"] * len(messages)
+        reflect(BOOK, [X] * 4, Writes(), mode="soft")
+
+
+@given(st.lists(st.floats(-200, 0), min_size=8, max_size=8), st.lists(st.floats(-200, 0), min_size=2, max_size=2), st.sampled_from(EMOSET8.labels))
+def test_soft_rewards_are_shares(labels, yes_no, label):
+    y = replace(X, label=label)
+    v, hard = score_verdict(yes_no, labels, y, soft=True), score_verdict(yes_no, labels, y)
+    total = sum(math.exp(l - max(labels)) for l in labels)
+    assert v.coherence == pytest.approx(math.exp(labels[EMOSET8.index(label)] - max(labels)) / total) and 0 <= v.coherence <= 1
+    assert v.consistency == pytest.approx(1 / (1 + math.exp(min(700, yes_no[1] - yes_no[0])))) and 0 <= v.consistency <= 1
+    assert replace(v, consistency=hard.consistency, coherence=hard.coherence) == hard
+    if hard.coherence_answer == label: assert v.coherence >= 1 / 8
+    reward_completion(BOOK[0], label, EMOSET8, PAPER, consistency=v.consistency, coherence=v.coherence)  # inside the range that a reward may have
+
+
+@pytest.mark.parametrize("weights", [PAPER, RELEASED])
+def test_soft_ties_are_worth_their_share(weights):
+    v = score_verdict([-0.7, -0.7], [-2.0] * 8, X, weights, soft=True)
+    assert (v.consistency, v.coherence, v.consistency_answer, v.coherence_answer) == (0.5, 0.125, None, None)
+
+
+def test_soft_is_guarded_like_score():
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=f"completion 1 .*'Yes' is {value}"): reflect(BOOK[:2], [X] * 2, spoil(1, value), mode="soft")
+    with pytest.raises(ValueError, match="got 3 values"): reflect(BOOK[:1], [X], Says([[-1, -2, -3]]), mode="soft")
+    def broken(messages, answers): raise ConnectionError("server gone")
+    with pytest.raises(UserCodeError, match="judge Says.score failed"): reflect(BOOK, [X] * 4, Says(broken), mode="soft")
+
+
 @given(st.permutations(range(8)), st.integers(0, 7))
 def test_the_order_of_the_labels_does_not_matter(order, best):
     shuffled = LabelSet("shuffled", tuple(EMOSET8.labels[i] for i in order))
@@ -377,7 +444,7 @@ def test_a_judges_own_error_is_not_swallowed():
     assert type(e.value.__cause__) is ConnectionError
 
 
-@pytest.mark.parametrize("kwargs, says", [(dict(mode="scor"), "mode: got 'scor'; allowed: score, generate; did you mean 'score'"), (dict(mode=None), "mode: got None"), (dict(mode="__init__"), "mode: got '__init__'")])
+@pytest.mark.parametrize("kwargs, says", [(dict(mode="scor"), "mode: got 'scor'; allowed: score, generate, soft; did you mean 'score'"), (dict(mode=None), "mode: got None"), (dict(mode="__init__"), "mode: got '__init__'")])
 def test_unknown_modes(kwargs, says):
     with pytest.raises(ValueError, match=says): reflect(BOOK, [X] * 4, BookJudge(), **kwargs)
 
