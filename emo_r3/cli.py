@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'EVAL_SEED', 'WITHOUT_TRAINING', 'recipe_names', 'read_mapping', 'read_recipe', 'field_value',
-           'parse_option', 'run_config', 'RunData', 'eval_scenes', 'run_data', 'Measure', 'load_pair', 'check_writable',
-           'run', 'train_options', 'given_fields', 'run_folder', 'interrupted', 'train_command', 'plan_options',
-           'data_here', 'plan_command', 'asking_options', 'read_asking', 'source_options', 'read_source',
-           'published_split', 'evaluate_options', 'eval_data', 'write_json', 'evaluate_command', 'check_options',
-           'check_command', 'sample_options', 'sample_command', 'predict_options', 'predict_command', 'report_options',
-           'report_command', 'experiment_options', 'train_fields', 'experiment_command', 'tidy', 'parse', 'main']
+           'parse_option', 'run_config', 'RunData', 'eval_scenes', 'other_set', 'run_data', 'Measure', 'load_pair',
+           'check_writable', 'run', 'train_options', 'given_fields', 'run_folder', 'interrupted', 'train_command',
+           'plan_options', 'data_here', 'plan_command', 'asking_options', 'read_asking', 'source_options',
+           'read_source', 'published_split', 'evaluate_options', 'eval_data', 'write_json', 'evaluate_command',
+           'check_options', 'check_command', 'sample_options', 'sample_command', 'predict_options', 'predict_command',
+           'report_options', 'report_command', 'experiment_options', 'train_fields', 'experiment_command', 'tidy',
+           'parse', 'main']
 
 # %% ../nbs/18_cli.ipynb #bb605077
 import argparse
@@ -20,7 +21,7 @@ import reprlib
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -157,12 +158,21 @@ def _no_columns(choices: "TrainConfig | argparse.Namespace") -> None:
         if value: raise ValueError(f"{name} = {value!r}; allowed with scenes: none, for they come from no table of yours")
 
 
+def _read(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
+    "The rows of a split, as its data set is laid out."
+    if config.data_format is None: return load_examples(config.data, label_set(config.label_set), split=split, domain=Path(config.data).stem or config.data, set_aside=set_aside, **_columns(config))
+    left_out: list[SetAside] = []
+    found = load_published(config.data, config.data_format, split, domain=config.data_format, set_aside=set_aside, left_out=left_out)
+    if left_out: print(f"emo-r3: {config.data}: {left_out_line(left_out)}", file=sys.stderr)
+    return found
+
+
 def _loaded(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
     "The rows of a split that can be used; raises DataError where too many cannot."
     bad: list[SetAside] = []
     new = lambda: [a for a in bad if a not in set_aside]  # a line that cannot be read is in no split, and turns up in each
     try:
-        found = load_examples(config.data, label_set(config.label_set), split=split, domain=Path(config.data).stem or config.data, set_aside=bad, **_columns(config))
+        found = _read(config, split, bad)
         sound_examples([], new(), config.max_quarantined, total=len(found) + len(new()))  # no picture is opened: the share of rows alone
     finally: set_aside += new()
     return found
@@ -175,16 +185,41 @@ def _sound(config: "TrainConfig", examples: list[EmotionExample], set_aside: lis
     finally: set_aside += bad
 
 
+def _chosen(config: "TrainConfig", split: str, n: int, seed: int, manifest: str | None, set_aside: list[SetAside], manifests: dict[str, str]) -> tuple[list[EmotionExample], list[EmotionExample]]:
+    "The rows that a manifest lists, or n by the seed; and those that are left."
+    found = _loaded(config, split, set_aside)
+    if manifest is None: chosen = subsample(found, min(n, len(found)), seed)
+    else: chosen, manifests[manifest] = read_manifest(manifest, found), manifest_sha256(manifest)
+    taken = {x.id for x in chosen}
+    return chosen, [x for x in found if x.id not in taken]
+
+
+def _test_set(config: "TrainConfig", manifest: str | None, set_aside: list[SetAside], manifests: dict[str, str]) -> list[EmotionExample]:
+    return _sound(config, _chosen(config, "test", config.eval_size, EVAL_SEED, manifest, set_aside, manifests)[0], set_aside)
+
+
 def _own_data(config: "TrainConfig", set_aside: list[SetAside]) -> RunData:
-    name, found = Path(config.data).stem or config.data, _loaded(config, "train", set_aside)
-    train = subsample(found, min(config.train_size, len(found)), config.seed)
-    taken = {x.id for x in train}
-    left = [x for x in found if x.id not in taken]
+    name, manifests = config.data_format or Path(config.data).stem or config.data, {}
+    train, left = _chosen(config, "train", config.train_size, config.seed, config.train_manifest, set_aside, manifests)
     during = subsample(left, min(config.eval_during, len(left)), EVAL_SEED) if config.eval_every else []
+    if config.report == "best" and not during: raise ValueError(f"report = 'best': all {len(train):,} training pictures are trained on, and none is left to choose by; allowed: a smaller train_size, or report = 'last'")
     train, during = _sound(config, train, set_aside), _sound(config, during, set_aside)
-    test = _loaded(config, "test", set_aside)
-    test = _sound(config, subsample(test, min(config.eval_size, len(test)), EVAL_SEED), set_aside)
-    return RunData(train, {name: during} if during else {}, {name: test})
+    test = {name: _test_set(config, config.test_manifest, set_aside, manifests)}
+    for other, values in config.eval_sets.items():
+        if other == name: raise ValueError(f"eval_sets: {other!r} is the data set that is trained on; allowed: other names")
+        test[other] = _test_set(other_set(config, other, values), values.get("manifest"), set_aside, manifests)
+    return RunData(train, {name: during} if during else {}, test, manifests)
+
+
+def other_set(config: "TrainConfig", # a run's
+              name: str, # a key of its eval_sets
+              values: object, # what stands there
+             ) -> "TrainConfig":
+    "Returns a configuration that reads another data set to evaluate on; raises ValueError, naming set and field, for what it cannot be told."
+    known = ("data", "data_format", "label_set", "label_map", "image_column", "label_column", "manifest")
+    if not isinstance(values, Mapping) or not values.get("data"): raise ValueError(f"eval_sets: {name} = {_SHORT.repr(values)}; allowed: a mapping with data, and {', '.join(known[1:])} where they are needed")
+    for field_name in values: check_choice(f"eval_sets: {name}, field", field_name, known)
+    return replace(config, **{"data_format": None, "image_column": None, "label_column": None, "label_map": {}} | {k: v for k, v in values.items() if k != "manifest"})
 
 
 def run_data(
@@ -195,6 +230,8 @@ def run_data(
     if config.data != "scenes" and not config.data.startswith("scenes:"): return _own_data(config, [] if set_aside is None else set_aside)
     trained = config.data.partition(":")[2] or "in_domain"
     check_choice(f"data = {config.data!r}, domain", trained, DOMAINS)
+    for name in ("data_format", "train_manifest", "test_manifest", "eval_sets"):
+        if value := getattr(config, name): raise ValueError(f"{name} = {value!r}; allowed with scenes: none, for they are drawn here, and every domain is evaluated")
     if config.label_set != domain_label_set(trained).name: raise ValueError(f"label_set = {config.label_set!r}; allowed with data = {config.data!r}: {domain_label_set(trained).name}")
     _no_columns(config)
     during = (trained, *(d for d in ("in_domain", "style") if d != trained))  # the first is the one that checkpoints are chosen by
@@ -400,7 +437,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
 def data_here(config: "TrainConfig") -> tuple[int | None, int | None, tuple[int, int] | None]: # pictures to train on and to test on, a typical one's width and height; None: not here
     "Returns what a look at a run's pictures tells; raises as reading them does."
     if config.data.partition(":")[0] == "scenes" or not Path(config.data).exists(): return None, None, None
-    found = {split: load_published(config.data, config.data_format, split, set_aside=[], left_out=[]) if config.data_format else _loaded(config, split, []) for split in ("train", "test")}
+    found = {split: _loaded(config, split, []) for split in ("train", "test")}
     some = sound_examples(found["train"][:: max(1, len(found["train"]) // 16)], [], 1.0)
     sizes = sorted((x.load_image().size for x in some), key=lambda size: size[0] * size[1])
     return len(found["train"]), len(found["test"]), sizes[len(sizes) // 2] if sizes else None
@@ -421,7 +458,7 @@ def plan_command(args: argparse.Namespace) -> None:
     if wanted("explain"): print(choices_table(config, read_recipe(args.recipe)[1], given), end="\n\n")
     print(printable(plan_table(plan), keep="\n"))
     if gpus and not wanted("gpus"): print(f"  {gpus} is a guess; --gpus names other devices")
-    if config.data.partition(":")[0] != "scenes" and there is None: print(printable(f"\n{config.data} is not here, so nothing was counted; --data says where your copy is"))
+    if config.data.partition(":")[0] != "scenes" and there is None: print(printable(f"  {config.data} is not here, so nothing was counted in it; --data says where your copy is"))
 
 # %% ../nbs/18_cli.ipynb #9a27ad6e
 WITHOUT_TRAINING = ("sepm", "sepm_code")  # methods that are measured beside the prompts, see `SEPM_METHODS`

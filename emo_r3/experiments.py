@@ -37,8 +37,8 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import emo_r3
@@ -339,7 +339,7 @@ def last_words(
     lines: int = 8,  # how many
 ) -> str:
     "Returns the end of a log; of a progress bar that was redrawn, its last state."
-    text = log.read_text(encoding="utf-8", errors="replace")
+    text = log.read_bytes().decode("utf-8", errors="replace")  # as it is: reading as text would make new lines of carriage returns
     return "\n".join([line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()][-lines:])
 
 
@@ -524,7 +524,7 @@ def bootstrap(
         drawn += weight * (rng.multinomial(len(d), counts / len(d), draws) @ values) / len(d)  # (draws,)
         mean += weight * float(np.mean(d))
     low, high = np.quantile(drawn, (0.025, 0.975))
-    wrong = 1 + min((drawn <= 1e-12).sum(), (drawn >= -1e-12).sum())
+    wrong = 1 + min((drawn <= 1e-8).sum(), (drawn >= -1e-8).sum())  # a zero made of rounded thirds is a zero
     return Difference(mean, (float(low), float(high)), min(1.0, 2 * float(wrong) / (draws + 1)), sum(map(len, differences)))
 
 # %% ../nbs/15_experiments.ipynb #6f259322
@@ -774,7 +774,7 @@ def draw_curves(
                 if run["ended"]: ax.plot(*run[kind][-1], "x", color=colour, ms=9, mew=2)
             early = sum(bool(run["ended"]) for run in runs)
             if middle := _middle([run[kind] for run in runs]): ax.plot(*zip(*middle), color=colour, lw=1.8, label=TITLES[method] + (f" (x: {early} of {len(runs)} ended early)" if early else ""))
-        ax.set(title=f"{kind} accuracy", xlabel="step"); ax.grid(alpha=.3)
+        ax.set(title=f"{kind} accuracy", xlabel="step"); ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.grid(alpha=.3)
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8)
     return figure
 
@@ -832,11 +832,11 @@ PHASES = ("rollout", "reflect", "logps", "update")
 
 def step_times(
     runs: Sequence[Measured],  # of one method
-) -> dict[str, float]:  # phase -> seconds; and "step" -> seconds of a whole step
+) -> dict[str, float]:  # phase -> seconds; "step" -> seconds of a whole step; "steps" -> how many steps
     "Returns the median seconds a step by phase over all steps of the runs; 0 for a phase that a method has not."
     rows = [row for run in runs for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if "step_time" in (row := json.loads(line))]
     if not rows: raise ValueError(f"{', '.join(run.cell.name for run in runs)}: metrics.jsonl has no step_time; allowed: one step or more")
-    return {**{phase: statistics.median(row.get(f"timing_s/{phase}", 0.0) for row in rows) for phase in PHASES}, "step": statistics.median(row["step_time"] for row in rows)}
+    return {**{phase: statistics.median(row.get(f"timing_s/{phase}", 0.0) for row in rows) for phase in PHASES}, "step": statistics.median(row["step_time"] for row in rows), "steps": len(rows)}
 
 
 def draw_times(
@@ -852,7 +852,7 @@ def draw_times(
             if seconds[phase] > .06 * max(t["step"] for t in times.values()): ax.text(left + seconds[phase] / 2, row, f"{seconds[phase]:.2f}", ha="center", va="center", color="white", fontsize=8)
             left += seconds[phase]
     ax.set_yticks(range(len(times)), times); ax.invert_yaxis()
-    ax.set(xlabel="seconds a step (median)"); ax.legend(ncols=len(PHASES), fontsize=8, loc="upper center", bbox_to_anchor=(.5, 1.35))
+    ax.set(xlabel="seconds a step (median)"); figure.legend(ncols=len(PHASES), fontsize=8, loc="outside upper center")
     return figure
 
 # %% ../nbs/15_experiments.ipynb #49ee1282
@@ -995,10 +995,11 @@ def experiment(
         for cell, ts in tasks.items():
             for task in ts: say(("# done: " if task.done else "") + shell_line(task, launch))
         return {}
+    ran = not collect and not all(task.done for ts in tasks.values() for task in ts)
     failed = {} if collect else run_cells(tasks, Runner(folder / "logs", launch, single=at_once > 1), at_once, say)
     measured, wrong = collect_cells(tasks, sets)
     missing = [cell.name for cell in tasks if cell not in measured]
-    about = {"command": experiment_words(name, data, seeds, methods, trial), "experiment": name, "title": EXPERIMENTS[name].title, "data": sets.name, "at_once": at_once, "machine": machine(), "missing": missing}
+    about = {"command": experiment_words(name, data, seeds, methods, trial), "experiment": name, "title": EXPERIMENTS[name].title, "data": sets.name, "at_once": at_once if ran else None, "machine": machine(), "missing": missing}
     target = folder if output is None else Path(output)
     target.mkdir(parents=True, exist_ok=True)
     say(write_table(name, measured, sets, numbers, methods, target, about, trial) if name in TABLES else write_figure(name, measured, sets, target, about))

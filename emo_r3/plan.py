@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MODELS', 'AREAS', 'LIMITS', 'GPUS', 'PUBLISHED_PICTURES', 'MOMENTS', 'ALWAYS', 'NF4_BYTES', 'ROWS_AT_ONCE',
            'MAX_FEATURES', 'CHANGES', 'model_config', 'Parameters', 'count_parameters', 'Assumptions', 'Gpu',
-           'parse_gpus', 'usual_gpus', 'picture_grid', 'prompt_words', 'Sizes', 'sizes_of', 'Row', 'text_layer_bytes',
-           'vision_layer_bytes', 'Memory', 'rows_of', 'trains', 'memory_of', 'step_costs', 'reflection_cost', 'Phase',
-           'decode_phase', 'phases_of', 'Plan', 'plan_run', 'evaluation_s', 'plan_table', 'choices_table']
+           'parse_gpus', 'usual_gpus', 'picture_grid', 'prompt_words', 'question_words', 'Sizes', 'sizes_of', 'Row',
+           'text_layer_bytes', 'vision_layer_bytes', 'Memory', 'rows_of', 'trains', 'memory_of', 'step_costs',
+           'reflection_cost', 'Phase', 'decode_phase', 'phases_of', 'Plan', 'plan_run', 'evaluation_s', 'plan_table',
+           'choices_table']
 
 # %% ../nbs/15b_plan.ipynb #1c12e635
 import json
@@ -24,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from .data import check_choice, did_you_mean, emotion_question, label_set
 from .groups import LOGITS_AT_ONCE, Cost, Shape, cut_groups
 from .policy import encode_prompts, load_processor, policy_path
-from .prompts import WITH_STEPS, PromptTemplates, method_messages
+from .prompts import WITH_STEPS, Messages, PromptTemplates, coherence_messages, fill_template, method_messages
 from .scenes import DOMAINS, SCENE_PIXELS
 from .train import PEAK_TFLOPS, TrainConfig, number_of_steps, plain_config
 
@@ -173,9 +174,21 @@ def prompt_words(config: TrainConfig, # policy, method, label set, templates
                  assumed: Assumptions,
                 ) -> int: # tokens
     "Returns how long a prompt is without its picture, the chat template's part included."
-    messages = method_messages(config.method, emotion_question(label_set(config.label_set)), None, PromptTemplates.from_dict(config.templates))
-    if config.policy == "embedded" or Path(config.policy).is_dir(): return int(encode_prompts(_local_processor(config.policy), [messages]).lengths[0]) + 2  # a picture stands between two marks
+    return _words(config, method_messages(config.method, emotion_question(label_set(config.label_set)), None, PromptTemplates.from_dict(config.templates)), assumed) + 2  # a picture stands between two marks
+
+
+def _words(config: TrainConfig, messages: Messages, assumed: Assumptions) -> int:
+    if config.policy == "embedded" or Path(config.policy).is_dir(): return int(encode_prompts(_local_processor(config.policy), [messages]).lengths[0])
     return assumed.chat_tokens + round(len(messages[0]["content"][0]["text"]) / assumed.characters_per_token)
+
+
+def question_words(config: TrainConfig, assumed: Assumptions) -> tuple[int, int, float]: # tokens of the first question, of the second, and of a label
+    "Returns how long reflection's questions are without picture and steps."
+    labels, templates = label_set(config.label_set), PromptTemplates.from_dict(config.templates)
+    asked = [_words(config, question, assumed) for question in ([{"role": "user", "content": [{"type": "text", "text": fill_template(templates.consistency, {"step1": ""})}]}], coherence_messages("", "", labels, templates))]
+    if config.policy != "embedded" and not Path(config.policy).is_dir(): return *asked, assumed.label_tokens
+    ids = _local_processor(config.policy).tokenizer(list(labels), add_special_tokens=False)["input_ids"]
+    return *asked, sum(map(len, ids)) / len(ids)
 
 # %% ../nbs/15b_plan.ipynb #0e95484e
 PUBLISHED_PICTURES = {"emoset": (94_481, 17_716), "emotion6": (1_386, 594), "webemo": (213_952, 53_489)}  # to train on and to test on: rows of the published splits; of Emotion6, which has none, the paper's
@@ -248,10 +261,10 @@ def text_layer_bytes(s: Shape, row: Row, bf16: bool, learns: bool) -> float:
 
 def vision_layer_bytes(s: Shape, heads: int, patches: float, bf16: bool) -> float:
     "Returns what one block of the vision tower keeps for the backward pass."
-    return patches * ((28 * s.v_h + 8 * s.v_i if bf16 else 44 * s.v_h + 16 * s.v_i) + 4 * heads + 8)
+    return patches * ((32 * s.v_h + 8 * s.v_i if bf16 else 52 * s.v_h + 16 * s.v_i) + 4 * heads + 8)
 
 # %% ../nbs/15b_plan.ipynb #47618b11
-MOMENTS = {"sampling": ("copies", "cache", "sampling"), "forward": ("gradients", "copies", "activations", "logits"), "backward": ("gradients", "copies_left", "activations", "block", "working"), "optimizer": ("gradients", "roots")}  # what comes on top of what is always there
+MOMENTS = {"sampling": ("copies", "cache", "sampling"), "evaluation": ("copies", "answers", "reading"), "forward": ("gradients", "copies", "activations", "logits"), "backward": ("gradients", "copies_left", "activations", "block", "working"), "optimizer": ("gradients", "roots")}  # what comes on top of what is always there
 ALWAYS = ("weights", "reference", "optimizer", "features")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: four bits; one byte of scale every 64; a number in single precision every 256 of those
 
@@ -272,6 +285,8 @@ class Memory:
     working: float  # gradients of one block's activations
     cache: float  # keys and values while sampling, completions at their longest
     sampling: float  # what sampling uses and drops
+    answers: float  # keys and values while evaluating: one completion a picture, so that many more prompts stand in a batch
+    reading: float  # what evaluating uses and drops
     roots: float  # what AdamW's step uses and drops
 
     @property
@@ -325,15 +340,16 @@ def memory_of(config: TrainConfig,
     longest = max(rows, key=kept)
     groups = max(1, ROWS_AT_ONCE // sizes.G)
     drawn = min(groups, math.ceil(sizes.drawn / world)) if config.method != "sft" else 0
-    most = config.max_completion_tokens
+    most, looked = config.max_completion_tokens, min(ROWS_AT_ONCE, max(sizes.evaluated, sizes.evaluated_during))
     kv = 2 * s.L * s.n_kv * s.d * b
+    def reading(prompts, G): return prompts * max((3 * b * s.i + 3 * stream * s.h) * sizes.P, 3 * b * s.v_i * patches, kv * sizes.P) + 16 * s.V * prompts * G  # the widest of an MLP, the tower's, and a copy of the keys; then scores
     reference = 4 * n.base if not config.lora_rank and (config.beta > 0 or config.method in WITH_STEPS) else 0
     copies = 2 * (n.base if sharded else matrices) * bf16
     vocabulary = s.V * min(LOGITS_AT_ONCE // s.V, longest.completions * longest.R)
     return Memory(weights=below / parts + 4 * n.adapter, reference=reference / parts, optimizer=8 * learned / parts, features=b * s.h * min(MAX_FEATURES, sizes.picture_tokens * sizes.drawn / world),
                   copies=copies, copies_left=2 * (s.N_b // s.L) * bf16 if again and not sharded else copies, gradients=4 * learned / parts, activations=kept(longest), logits=12 * vocabulary + 4 * min(vocabulary, 2**24),
-                  block=max(blocks(longest)) if again else 0, working=3 * b * s.i * longest.tokens + (2 * s.h * s.i if config.four_bit else 0), cache=kv * drawn * (sizes.P + sizes.G * most),
-                  sampling=drawn * max(b * (3 * s.i * sizes.P + 2 * s.n_kv * s.d * sizes.P), 3 * b * s.v_i * patches) + 16 * s.V * drawn * sizes.G, roots=4 * learned / parts)
+                  block=max(blocks(longest)) if again else 0, working=3 * b * s.i * longest.tokens + (2 * s.h * s.i if config.four_bit else 0), cache=kv * drawn * (sizes.P + sizes.G * most), sampling=reading(drawn, sizes.G),
+                  answers=kv * looked * (sizes.P + most), reading=reading(looked, 1), roots=4 * learned / parts)
 
 # %% ../nbs/15b_plan.ipynb #fb6be1c2
 def step_costs(config: TrainConfig,
@@ -362,12 +378,10 @@ def step_costs(config: TrainConfig,
 
 def reflection_cost(config: TrainConfig, s: Shape, sizes: Sizes, assumed: Assumptions) -> Cost:
     "Returns the operations of a group's two questions for each completion."
-    step, labels = sizes.R / 3, len(label_set(config.label_set))
-    words = assumed.chat_tokens + 12  # of the questions themselves
-    first, second, G = sizes.picture_tokens + words, 2 * step + words + 3 * labels, sizes.G
+    step, labels, G, (first, second, tokens) = sizes.R / 3, len(label_set(config.label_set)), sizes.G, question_words(config, assumed)
+    first, second, answers = sizes.picture_tokens + first, 2 * step + second, 0 if config.reflection == "generate" or tokens == 1 else labels * tokens
     times = 1 if config.shared_prefix else G
     asked = s.text(times * first + G * step, G, times * first**2 / 2 + G * (step * first + step**2 / 2))
-    answers = labels * assumed.label_tokens if config.reflection != "generate" else 0
     asked += s.text(G * (second + answers), G * max(1, answers), G * (second**2 / 2 + answers * second))
     if config.reflection == "generate": asked += s.text(2 * G * assumed.written_tokens, 2 * G * assumed.written_tokens, G * assumed.written_tokens * (first + second + step))
     return asked
@@ -489,7 +503,7 @@ def _ways_out(plan: Plan, model: PretrainedConfig) -> tuple[tuple[str, float], .
     out_of: list[dict] = []  # what has been found to do
     for changes in CHANGES:
         new = {name: value for name, value in changes.items() if not getattr(plan.config, name) or type(value) is int and name != "lora_rank" and getattr(plan.config, name) > value}
-        if not new or any(new.items() <= tried.items() for tried in out_of): continue
+        if not new or any(tried.items() <= new.items() for tried in out_of): continue
         peak = memory_of(replace(plan.config, **new), model, plan.sizes, plan.world, plan.sharded).peak
         if peak <= room: out, out_of = [*out, (", ".join(f"{name} = {json.dumps(value)}" for name, value in new.items()), peak)], [*out_of, new]
     if not plan.sharded and plan.world > 1 and (peak := memory_of(plan.config, model, plan.sizes, plan.world, True).peak) <= room: out.append(("sharding (FSDP2; --sharded plans it)", peak))
@@ -525,8 +539,7 @@ def plan_table(plan: Plan) -> str:
     moments = {"always": ALWAYS} | MOMENTS
     totals = {"always": m.always} | m.moments
     lines += ["", held, *_table([[when, _gb(totals[when]), ("" if when == "always" else "always + ") + ", ".join(f"{p.replace('_', ' ')} {_gb(getattr(m, p))}" for p in parts if getattr(m, p))] for when, parts in moments.items()], right=(1,))]
-    need = f"  needed {_gb(plan.needed)}, {plan.assumed.reserve_gb:g} GB in reserve included"
-    lines += [need + ("" if plan.gpu is None else f"; {plan.gpu.name} has {plan.gpu.memory_gb:g} GB: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")]
+    lines += [f"  at most {_gb(m.peak)}" if plan.gpu is None else (f"  needed {_gb(plan.needed)}, {plan.assumed.reserve_gb:g} GB in reserve included; {plan.gpu.name} has {plan.gpu.memory_gb:g} GB: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")]
     if plan.ways_out: lines += ["  would fit: " + "; ".join(f"{what} ({_gb(peak + plan.assumed.reserve_gb * 1e9)})" for what, peak in plan.ways_out)]
     if plan.gpu and not plan.fits and not plan.ways_out: lines += ["  no single change makes it fit: a smaller policy, or fewer prompt tokens (--max-pixels)"]
     if plan.gpu is None:

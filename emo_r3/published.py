@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .data import (EMOSET8, EMOTION6, LABEL_COLUMNS, PICTURE_SUFFIXES, SPLITS, WEBEMO7, DataError, EmotionExample, LabelSet, Row, SetAside, check_choice, examples_of, holds_dataset,
                          is_file, load_examples, parts_inside, printable, source_rows, source_splits, stored_splits, subsample, write_manifest)
 
-# %% ../nbs/00b_published.ipynb #003375e9
+# %% ../nbs/00b_published.ipynb #3c3cfde5
 WEBEMO25 = LabelSet(
     "webemo25",
     ("affection", "cheerfullness", "confusion", "contentment", "disappointment", "disgust", "enthrallment", "envy", "exasperation", "gratitude", "horror", "irritabilty", "lust",
@@ -38,7 +38,6 @@ WEBEMO25 = LabelSet(
 SIGNS = LabelSet("signs", ("positive", "negative"))
 
 WEBEMO_CATEGORIES = tuple((fine, WEBEMO7.aliases.get(fine, fine), WEBEMO7.polarity[WEBEMO7.aliases.get(fine, fine)]) for fine in WEBEMO25)  # fine, middle, sign
-WEBEMO_CATEGORIES[:3]
 
 # %% ../nbs/00b_published.ipynb #5a44fb02
 @dataclass(frozen=True)
@@ -157,8 +156,8 @@ def _truth_of(cells: Sequence[str], where: str) -> Emotion6Truth:
 
 def _truth_name(cell: str, where: str) -> str: # "disgust/1.jpg"
     try: parts = parts_inside(cell)
-    except DataError as error: raise Defect("fields", f"{where}: file name {cell!r} {error}") from error
-    if len(parts) != 2: raise Defect("fields", f"{where}: file name {cell!r}; allowed: FOLDER/N.jpg")
+    except DataError as error: raise Defect("fields", f"{where}: file name {_SHOWN.repr(cell)} {error}") from error
+    if len(parts) != 2 or Path(parts[1]).suffix.lower() not in PICTURE_SUFFIXES: raise Defect("fields", f"{where}: file name {_SHOWN.repr(cell)}; allowed: FOLDER/N.jpg, and a tab behind it")
     if parts[0] not in EMOTION6: raise Defect("label", f"{where}: folder {parts[0]!r} is no label; allowed: {', '.join(EMOTION6)}")
     return "/".join(parts)
 
@@ -240,7 +239,8 @@ def read_categories(
         if not (named or isinstance(statement, ast.Expr)): raise ValueError("a statement that is no list")
         rows = ast.literal_eval(statement.value)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:  # of so short a text, a MemoryError is the parser's
-        raise Defect("corrupt", f"{path}: not one literal of Python ({error}); allowed: labels = [(fine, middle, sign), ...]") from error
+        why = re.sub(r" at 0x[0-9a-f]+", "", str(error))
+        raise Defect("corrupt", f"{path}: not one literal of Python ({why}); allowed: labels = [(fine, middle, sign), ...]") from error
     signs = {"+": "positive", "-": "negative"}
     if not isinstance(rows, (list, tuple)): raise Defect("fields", f"{path}: holds {_SHOWN.repr(rows)}; allowed: a list of triples")
     for number, row in enumerate(rows):
@@ -297,21 +297,27 @@ def _fine_number(folder: str) -> int | None: # "11", "irritabilty" or "irritabil
     return int(folder) if re.fullmatch(r"[0-9]|1[0-9]|2[0-4]", folder) else None
 
 
-def _tree_rows(root: Path, folder: Path, split: str, meant: Mapping[str, str]) -> Iterator[Row]:
+def _alike(named: Sequence[tuple[int, Path]]) -> Iterable[list[tuple[int, Path]]]: # number and file, all of one name
+    "Puts together the files that hold the same bytes; a name that occurs once is not read."
+    if len(named) == 1: return [list(named)]
+    same = {}
+    for number, path in named: same.setdefault(sha256(path.read_bytes()).digest(), []).append((number, path))
+    return same.values()
+
+
+def _tree_rows(folder: Path, split: str, meant: Mapping[str, str]) -> Iterator[Row]:
     numbered = {}
     for place in sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: _natural(p.name)):
         number = _fine_number(place.name)
         for path in _named_pictures(place):
             if number is None: yield str(path), path, place.name, f"{split}/{place.name}/{path.name}"  # whoever looks at the label will refuse it
             else: numbered.setdefault(path.name, []).append((number, path))
-    for name, places in sorted(numbered.items(), key=lambda item: (item[1][0][0], _natural(item[0]))):
-        same = {}  # a fingerprint -> where it lies; a name that occurs once needs none
-        for number, path in places: same.setdefault((path.stat().st_size, sha256(path.read_bytes()).digest()) if len(places) > 1 else None, []).append((number, path))
-        for found in same.values():
-            words = dict.fromkeys(meant[str(number)] for number, _ in found)
-            number, picture = min(found)
-            if len(words) > 1: picture = Defect("conflict", f"{picture}: the same picture lies in the folders {', '.join(p.parent.name for _, p in found)}, which mean {' and '.join(words)}")
-            yield str(found[0][1]), picture, next(iter(words)), f"{split}/{number}/{name}"
+    same = [sorted(places) for named in numbered.values() for places in _alike(named)]
+    for places in sorted(same, key=lambda places: (places[0][0], _natural(places[0][1].name))):
+        number, path = places[0]
+        words = dict.fromkeys(meant[str(n)] for n, _ in places)
+        told = f"{path}: the same picture lies in the folders {', '.join(p.parent.name for _, p in places)}, which mean {' and '.join(words)}"
+        yield str(path), Defect("conflict", told) if len(words) > 1 else path, next(iter(words)), f"{split}/{number}/{path.name}"
 
 # %% ../nbs/00b_published.ipynb #9eaea399
 def _split_folder(root: Path, split: str) -> Path | None:
@@ -328,7 +334,7 @@ def _webemo_rows(root: Path, split: str, label: str | None) -> Iterator[Row]:
     _check_categories(root)
     meant, folder = _label_map("webemo", label), _split_folder(root, split)
     if _listed(root, split): return _listed_rows(root, split, meant)
-    if folder is not None: return _tree_rows(root, folder, split, meant)
+    if folder is not None: return _tree_rows(folder, split, meant)
     if (root / "images" / f"{split}25").is_dir():
         raise DataError(f"{root / 'images' / f'{split}25'}: a folder there is only the last digit of a label; put {split}25.txt into {root}")
     raise FileNotFoundError(f"{root}: no {split}25.txt, and no folder {split}")
@@ -341,8 +347,8 @@ def _tree_root(path: str | Path, format: str) -> Path | None: # the folder in wh
     here = Path(os.path.expanduser(path))
     if not here.is_dir(): return None
     looks = lambda folder: any((folder / name).exists() for name in _MARKS[format])
-    if looks(here): return here
     if holds_dataset(here): return None
+    if looks(here): return here
     inside = [p for p in here.iterdir() if p.is_dir() and looks(p)]  # archives put everything into one folder
     if len(inside) == 1: return inside[0]
     raise DataError(f"{path}: not {DATA_FORMATS[format].title} as published; one of {', '.join(_MARKS[format])} is expected there, or parquet files")
@@ -469,7 +475,7 @@ def check_table(
 def check_dict(check: DataCheck) -> dict:
     "Returns a check as plain JSON values, every problem included."
     return {"source": check.source, "format": check.format, "label_set": check.label_set.name, "ok": check.ok, "quick": check.quick, "allowed": list(check.allowed), "counts": check.counts,
-            **{name: {split: dict(part) for split, part in getattr(check, name).items()} for name in ("rows", "usable", "published")}, "problems": [asdict(p) for p in check.problems]}
+            **{name: {split: {label: part[label] for label in (*check.label_set, "all") if label in part} for split, part in getattr(check, name).items()} for name in ("rows", "usable", "published")}, "problems": [asdict(p) for p in check.problems]}
 
 # %% ../nbs/00b_published.ipynb #f2bb9eb4
 def _kind(error: Exception, otherwise: str) -> str:
@@ -600,6 +606,11 @@ def _is_stored(path: str | Path) -> bool:
     return holds_dataset(here) if here.is_dir() else here.suffix.lower() in (".parquet", ".arrow") or not here.exists()
 
 # %% ../nbs/00b_published.ipynb #ca7df364
+def _check_beside(root: Path, format: str, splits: Sequence[str], quick: bool) -> Iterator[Problem]:
+    if format == "emoset": return _check_emoset(root, splits, quick)
+    return _check_emotion6(root) if format == "emotion6" else _check_webemo(root, splits)
+
+
 def _splits_there(path: str | Path, format: str | None, root: Path | None, split: str | None) -> list[str | None]:
     if split is not None: return [split if root is None else _which_split(format, split)]
     if root is None: return source_splits(path)
@@ -624,6 +635,14 @@ def _check_counts(rows: Mapping[str, Mapping[str, int]], published: Mapping[str,
             if here != n: yield Problem("count", split, f"{split}, {label}: {here:,} rows; published: {n:,} ({here - n:+,})")
 
 # %% ../nbs/00b_published.ipynb #0f9758cb
+def _as_published(root: Path, format: str, split: str, rows: Counter, meant: Mapping[str, str]) -> Counter: # meant: what is written -> label
+    "Counts what the publishers counted."
+    if format == "emotion6": rows["all"] = sum(n for word, n in rows.items() if word != "all")  # a line of which nobody knows the picture is of no split
+    if format != "webemo" or not _listed(root, split): return rows
+    numbers = [number for _, _, number in _webemo_lines(root / f"{split}25.txt")]  # lines: an address may have several
+    return Counter(meant[str(number)] for number in numbers if not isinstance(number, Defect)) + Counter(all=len(numbers))
+
+# %% ../nbs/00b_published.ipynb #3c619565
 def check_data(
     path: str | Path, # as for load_published or load_examples
     format: str | None = None, # one of DATA_FORMATS; None: a generic one
@@ -652,20 +671,15 @@ def check_data(
         try:
             there = published_rows(path, format, part, label=label, split_seed=split_seed) if format else source_rows(path, image_column, label_column, part, links=True)
             rows[name], found[name] = _check_rows(there, labels, meant, name, problems)
+            if root is not None: rows[name] = _as_published(root, format, name, rows[name], meant)
         except (DataError, FileNotFoundError) as error: problems.append(Problem(_kind(error, "fields"), name, str(error)))
-        if root is not None and format == "webemo" and name in rows and _listed(root, name):  # what was published is a line a row, and an address may have several
-            numbers = [number for _, _, number in _webemo_lines(root / f"{name}25.txt")]
-            rows[name] = Counter(meant[str(number)] for number in numbers if not isinstance(number, Defect)) + Counter(all=len(numbers))
     if not any(rows.values()) and not problems: raise DataError(f"{path}: nothing to check; no rows are there")
     usable = _check_pictures(found, quick, workers, progress, problems)
-    if root is not None and format == "emoset": problems += _check_emoset(root, parts, quick)
-    if root is not None and format == "emotion6": problems += _check_emotion6(root)
-    if root is not None and format == "webemo": problems += _check_webemo(root, parts)
-    problems += _check_stored(stored, labels)
+    problems += _check_stored(stored, labels) if root is None else _check_beside(root, format, parts, quick)
     wanted = _published(format, label, root, stored) if published is None else published
     if split is not None: wanted = {name: n for name, n in wanted.items() if name in (split, SPLITS.get(split.lower()))}
     problems += _check_counts(rows, wanted)
-    problems = sorted(dict.fromkeys(problems), key=lambda p: list(KINDS).index(p.kind))
+    problems = sorted({(p.kind, p.said): p for p in problems}.values(), key=lambda p: list(KINDS).index(p.kind))  # what concerns a file of all splits is told once
     return DataCheck(str(path), format, labels, rows, usable, wanted, tuple(problems), quick, tuple(allowed))
 
 # %% ../nbs/00b_published.ipynb #1ecba366
@@ -705,6 +719,7 @@ def sample_data(
     if format: everything = load_published(path, format, split, label=label, left_out=left_out)
     else: everything = load_examples(path, label_set, split=split, label_map=label_map, image_column=image_column, label_column=label_column)
     if size > len(everything): raise DataError(f"{path}: a sample of {size:,} was asked for; allowed: up to {len(everything):,}, the pictures there are" + (f" in split {split!r}" if split else ""))
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
     drawn = subsample(everything, size, seed, stratified)
     for x in drawn: x.load_image()  # a manifest lists nothing that a run would stumble over
     written = write_manifest(output, drawn)

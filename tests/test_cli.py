@@ -73,7 +73,7 @@ def test_help_and_version_load_no_torch():
 
 @pytest.mark.parametrize("argv, words", [
     ([], ["COMMAND"]),
-    (["trian"], ["'trian'", "train, evaluate, predict, report", "did you mean 'train'"]),
+    (["trian"], ["'trian'", "train, plan, evaluate, predict, report", "did you mean 'train'"]),
     (["evaluate", "embedded"], ["DATA"]),
     (["evaluate", "embedded", "scenes", "--szie", "3"], ["'--szie'", "did you mean '--size'", "evaluate --help"]),
     (["evaluate", "embedded", "scenes", "--size", "many"], ["--size", "'many'"]),
