@@ -74,7 +74,7 @@ def grade(
     weights: RewardWeights = RewardWeights(),  # which of the format checks counts
 ) -> Graded:
     "Returns the record of one completion; raises ValueError for an unknown mode."
-    known = bool(example.objects) and method != "direct"
+    known = bool(example.objects) and (method in WITH_STEPS or method == "grpo")  # the other prompts ask for no description
     words = description(completion)
     asked = verdict is not None and verdict.asked  # of a malformed completion nothing is asked
     said = verdict.consistency_answer if asked else None

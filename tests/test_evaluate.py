@@ -124,7 +124,7 @@ def test_the_batch_size_changes_nothing(batch_size):
 
 
 def test_each_method_asks_its_own_prompt_about_the_picture():
-    marks = {"grpo": "<think>", "set": "<step1>", "emo_r3": "<step1>", "direct": "Answer with the emotion in"}
+    marks = {"grpo": "<think>", "set": "<step1>", "emo_r3": "<step1>", "sft": "Answer with the emotion in", "direct": "Answer with the emotion in"}
     for method in EVAL_METHODS:
         sampler = Script([C1])
         evaluate(sampler, [GHOST], method=method)
