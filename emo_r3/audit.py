@@ -144,7 +144,7 @@ def plot_audit(
     names, table = list(audit.components.index), audit.components
     for k, (column, (label, colour)) in enumerate(_BARS.items()):
         bars = left.bar([i + .2 * (k - 1.5) for i in range(len(names))], table[column].fillna(0), width=.19, color=colour, label=label)
-        left.bar_label(bars, ["" if math.isnan(v) else f"{100 * v:.0f}" for v in table[column]], fontsize=7)
+        left.bar_label(bars, ["" if math.isnan(v) else f"{round(100 * v) + 0:d}" for v in table[column]], fontsize=7)
     left.axhline(0, color="black", lw=.8); left.set_xticks(range(len(names)), names); left.set_ylabel("share"); left.legend(frameon=False, fontsize=8)
     left.set_title(f"weight promised, and share of the advantages' variance (%), {audit.groups} groups of {audit.num_generations}", fontsize=9)
     left.spines[["top", "right"]].set_visible(False)

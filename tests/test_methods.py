@@ -240,3 +240,35 @@ def test_a_gdpo_step_is_normalised_over_its_batch(examples):
     trainer = Trainer(replace(ALONE, advantage="gdpo"), load_policy(), processor())
     made = begin_step(trainer, examples[:4], 3).experience.advantages
     assert made.mean().abs() < 1e-6 and made.std(correction=0) == pytest.approx(1, abs=1e-5)
+
+
+# -- several ranks
+
+class Beside:
+    "A rank whose neighbour always says the same."
+    rank, world, first = 1, 2, False
+    def __init__(self, neighbour): self.neighbour = neighbour
+    def every(self, value, where): return [self.neighbour if isinstance(value, (list, bool)) else value, value]
+    def total(self, values, where): return [2 * v for v in values]
+
+
+def test_gdpo_is_normalised_over_every_rank(examples):
+    other = [[3.0, -1.0, -1.0, -1.0], [0.5, 0.5, -0.5, -0.5]]
+    trainer = Trainer(replace(ALONE, advantage="gdpo", prompts_per_update=4), load_policy(), processor())
+    alone = collect(trainer, examples[:2], 3, {}).advantages  # sums of each reward's own advantages
+    trainer.ranks = Beside(other)
+    made = begin_step(trainer, examples[:2], 3).experience.advantages
+    everyone = torch.cat([torch.tensor(other), alone])
+    assert torch.allclose(made, (alone - everyone.mean()) / everyone.std(correction=0), atol=1e-5)  # `paper`: 1 / n
+
+
+def test_a_rank_that_is_full_draws_on_until_its_neighbour_is(examples, monkeypatch):
+    trainer = Trainer(replace(DAPO, lr_schedule="constant"), load_policy(), processor())
+    monkeypatch.setattr(loop, "collect", lambda trainer, examples, seed, timing: fake(trainer, examples, RIGHT))
+    patient = Beside(False)
+    said = iter([False, False, True, True])
+    patient.every = lambda value, where: [next(said), value]
+    trainer.ranks = patient
+    found, deals, figures = loop.collect_live(trainer, examples[:2], 0, {}, lambda draw: (examples[4 * draw: 4 * draw + 4], draw))
+    assert deals == 3 and len(found.examples) == 2 and figures["filter/refills"] == 3
+    assert figures["filter/kept"] == 4 / 10  # first two pictures: none of RIGHT's first two rows passes; then two of four, twice
