@@ -497,7 +497,7 @@ def collect_live(trainer: Trainer, # the run's state
     drawn, passed, all_right, all_wrong = trainer.ranks.total(counts.tolist(), "filtered groups")
     figures = {"filter/kept": passed / drawn, "filter/all_right": all_right / drawn, "filter/all_wrong": all_wrong / drawn, "filter/refills": draw + 1}
     if not all(trainer.ranks.every(sum(len(e.examples) for e in kept) >= len(examples), "filtered groups")):
-        raise Depleted(f"only {passed:.0f} of {drawn:.0f} groups passed the filter ({c.filter_low} < mean {c.filter_key} < {c.filter_high}) in {draw + 1} draws, of {len(examples) * trainer.ranks.world} that a step needs; "
+        raise Depleted(f"only {passed:.0f} of {drawn:.0f} groups passed the filter ({c.filter_low} < mean {c.filter_key} < {c.filter_high}) in {draw + 1} draw{'s' if draw else ''}, of {len(examples) * trainer.ranks.world} that a step needs; "
                        f"{all_right / drawn:.0%} were all right, {all_wrong / drawn:.0%} all wrong", figures)
     return take_groups(join(trainer, kept), range(len(examples))), draw + 1, figures
 
