@@ -264,7 +264,7 @@ def vision_layer_bytes(s: Shape, heads: int, patches: float, bf16: bool) -> floa
     return patches * ((32 * s.v_h + 8 * s.v_i if bf16 else 52 * s.v_h + 16 * s.v_i) + 4 * heads + 8)
 
 # %% ../nbs/15b_plan.ipynb #47618b11
-MOMENTS = {"sampling": ("copies", "cache", "sampling"), "evaluation": ("copies", "answers", "reading"), "forward": ("gradients", "copies", "activations", "logits"), "backward": ("gradients", "copies_left", "activations", "block", "working"), "optimizer": ("gradients", "roots")}  # what comes on top of what is always there
+MOMENTS = {"sampling": ("copies", "cache", "sampling"), "evaluation": ("copies", "answers", "reading"), "forward": ("gradients", "copies", "activations", "logits"), "backward": ("gradients", "copies_left", "activations", "working"), "optimizer": ("gradients", "roots")}  # what comes on top of what is always there
 ALWAYS = ("weights", "reference", "optimizer", "features")
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a weight: four bits; one byte of scale every 64; a number in single precision every 256 of those
 
@@ -281,8 +281,7 @@ class Memory:
     copies_left: float  # of them, those that the backward pass still holds when it comes to a block
     activations: float  # kept for the backward pass; with checkpointing the blocks' inputs alone
     logits: float  # of one chunk of positions, in single precision several times over
-    block: float  # one block made again, with checkpointing
-    working: float  # gradients of one block's activations
+    working: float  # the widest that the backward pass makes and drops: a block (with checkpointing, made again) with its gradients, or the scores with theirs
     cache: float  # keys and values while sampling, completions at their longest
     sampling: float  # what sampling uses and drops
     answers: float  # keys and values while evaluating: one completion a picture, so that many more prompts stand in a batch
@@ -347,8 +346,8 @@ def memory_of(config: TrainConfig,
     copies = 2 * (n.base if sharded else matrices) * bf16
     vocabulary = s.V * min(LOGITS_AT_ONCE // s.V, longest.completions * longest.R)
     return Memory(weights=below / parts + 4 * n.adapter, reference=reference / parts, optimizer=8 * learned / parts, features=b * s.h * min(MAX_FEATURES, sizes.picture_tokens * sizes.drawn / world),
-                  copies=copies, copies_left=2 * (s.N_b // s.L) * bf16 if again and not sharded else copies, gradients=4 * learned / parts, activations=kept(longest), logits=12 * vocabulary + 4 * min(vocabulary, 2**24),
-                  block=max(blocks(longest)) if again else 0, working=3 * b * s.i * longest.tokens + (2 * s.h * s.i if config.four_bit else 0), cache=kv * drawn * (sizes.P + sizes.G * most), sampling=reading(drawn, sizes.G),
+                  copies=copies, copies_left=2 * (s.N_b // s.L) * bf16 if again and not sharded else copies, gradients=4 * learned / parts, activations=kept(longest), logits=12 * vocabulary,
+                  working=max(again * max(blocks(longest)) + 3 * b * s.i * longest.tokens + (2 * s.h * s.i if config.four_bit else 0), 12 * vocabulary + 4 * min(vocabulary, 2**24)), cache=kv * drawn * (sizes.P + sizes.G * most), sampling=reading(drawn, sizes.G),
                   answers=kv * looked * (sizes.P + most), reading=reading(looked, 1), roots=4 * learned / parts)
 
 # %% ../nbs/15b_plan.ipynb #fb6be1c2
@@ -364,7 +363,7 @@ def step_costs(config: TrainConfig,
     forward = s.text(times * P + G * R, G * R, times * P**2 / 2 + G * (R * P + R**2 / 2), unread=P - 1 + G if config.shared_prefix else 0)
     learning = s.text(times * P + G * R, G * R, times * P**2 / 2 + G * (R * P + R**2 / 2))
     text = 3 if not config.lora_rank else 2
-    update = Cost(learning.linear * text, learning.attention * 3) + (picture * (3 * times) if sees else Cost())
+    update = Cost(learning.linear * text, learning.attention * 3) + (Cost(3 * picture.linear - s.pixels(sizes.rows, sizes.columns), 3 * picture.attention) * times if sees else Cost())  # pixels need no gradient
     out = {"update": update * B * config.epochs_per_step}
     if config.method == "sft": return out
     prefill = s.text(times * P, times, times * P**2 / 2, unread=P - 1 if config.shared_prefix else 0) + picture * times

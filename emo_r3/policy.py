@@ -198,7 +198,7 @@ def check_trainable(policy: "PreTrainedModel | PeftModel | str | Path", # a poli
         path = Path(policy_path(policy, weights=False))
         kind, name = _read_json(path / "config.json")["model_type"] if (path / "config.json").is_file() else "qwen2_5_vl", policy  # an adapter's folder does not say; its base does once it is loaded
     else: kind, name = policy.config.model_type, policy.name_or_path
-    if kind != "qwen2_5_vl": raise ValueError(f"policy {name}: model_type = {kind!r} can be measured, not trained; allowed in training: 'qwen2_5_vl'")
+    if kind != "qwen2_5_vl": raise ValueError(f"policy {name or 'without a name'}: model_type = {kind!r} can be measured, not trained; allowed in training: 'qwen2_5_vl'")
 
 # %% ../nbs/08_policy.ipynb #7f12306a
 class _VLProcessorKwargs(ProcessingKwargs, total=False):

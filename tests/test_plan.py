@@ -1,0 +1,393 @@
+"""A plan's numbers, against hand computation, the real classes, what torch keeps and counts; every shipped recipe; and the dry run, which loads nothing."""
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import emo_r3.policy
+from emo_r3 import cli
+from emo_r3.groups import Shape, checkpointed, encode_pictures, group_logps
+from emo_r3.plan import (GPUS, LIMITS, MODELS, NF4_BYTES, Assumptions, Row, choices_table, count_parameters, memory_of, model_config, parse_gpus, phases_of, picture_grid, plan_run, plan_table, rows_of, sizes_of,
+                         step_costs, text_layer_bytes, usual_gpus, vision_layer_bytes)
+from emo_r3.policy import EMBEDDED_POLICY, Prompts, add_lora, encode_prompts, load_policy, load_processor
+from emo_r3.prompts import method_messages
+from emo_r3.scenes import make_scenes
+from emo_r3.train import TrainConfig
+
+THREE_B, SEVEN_B = MODELS
+FULL_SCALE = ("emoset_8gpu", "emotion6_8gpu", "emoset_8gpu_dapo", "emoset_8gpu_sft", "emoset_1gpu_lora", "emoset_1gpu_4bit")
+
+
+def recipe(name, **options): return cli.run_config(name, {k: str(v) for k, v in options.items()})[1]
+
+
+def run_main(capsys, *words):
+    code = cli.main([str(w) for w in words])
+    return code, *capsys.readouterr()
+
+
+# ---- the recipes
+
+@pytest.mark.parametrize("name", cli.recipe_names())
+def test_every_recipe_is_a_configuration_and_can_be_planned(name):
+    config = recipe(name)
+    text = plan_table(plan_run(config, usual_gpus(config)))
+    assert "the run" in text and "memory of" in text and ("time of a step" in text) == (config.policy != "embedded")
+
+
+def test_the_full_scale_recipes_are_the_paper_s():
+    emoset, emotion6 = recipe("emoset_8gpu"), recipe("emotion6_8gpu")
+    assert set(FULL_SCALE) < set(cli.recipe_names())
+    for c in (emoset, emotion6):
+        assert (c.policy, c.method, c.preset, c.num_generations, c.temperature, c.learning_rate, c.lr_schedule) == (THREE_B, "emo_r3", "paper", 8, 1.0, 2e-6, "constant")
+        assert (c.prompts_per_step, c.prompts_per_update, c.beta, c.kl, c.epsilon_low, c.epsilon_high, c.delta) == (512, 256, 0.01, "k3", 0.2, 0.3, 3.0)
+        assert (c.max_completion_tokens, c.min_pixels, c.max_pixels, c.weight_decay, c.seed, c.freeze_vision, c.lora_rank) == (2048, 262_144, 4_194_304, 0.01, 1, False, 0)
+    assert (emoset.epochs, emoset.label_set, emoset.data_format, emotion6.epochs, emotion6.label_set, emotion6.data_format) == (20, "emoset8", "emoset", 30, "emotion6", "emotion6")
+    dapo = recipe("emoset_8gpu_dapo")
+    assert (dapo.epsilon_low, dapo.epsilon_high, dapo.beta, dapo.filter_key, dapo.filter_low, dapo.filter_high, dapo.max_refills, dapo.average) == (0.2, 0.28, 0, "overall", 0.01, 0.99, 20, "token")
+    assert recipe("emoset_8gpu_sft").epochs == 1 and recipe("emoset_1gpu_4bit").four_bit and recipe("emoset_1gpu_lora").lora_rank
+
+
+@pytest.mark.parametrize("name", FULL_SCALE)
+def test_every_line_of_a_full_scale_recipe_says_where_it_is_from(name):
+    lines = (cli.RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    bare = [l for l in lines if l and not l.startswith("#") and "#" not in l]
+    assert {l.partition(":")[0] for l in bare} <= {"data_format", "preset", "evaluate_before"}, bare
+
+
+# ---- steps and tokens
+
+@pytest.mark.parametrize("name, G, steps, updates", [("emoset_8gpu", 4, 80, 160), ("emoset_8gpu", 8, 80, 160), ("emotion6_8gpu", 4, 60, 120), ("emotion6_8gpu", 8, 60, 120), ("emoset_8gpu_sft", 1, 32, 32)])
+def test_steps_by_hand(name, G, steps, updates):
+    config = recipe(name, num_generations=G)
+    z = sizes_of(config, model_config(config.policy))
+    assert (z.steps, z.updates, z.G, z.prompts) == (steps, updates, G, config.prompts_per_step)  # 2,100 // 512 = 4, 1,386 // 512 = 2, 2,100 // 64 = 32
+    assert z.evaluated == (594 if "emotion6" in name else 2000)  # the data has no more
+
+
+def test_what_is_there_decides_and_too_little_is_refused():
+    config, model = recipe("emoset_8gpu"), model_config(THREE_B)
+    assert sizes_of(config, model, pictures=1100, tested=300).steps == 40 and sizes_of(config, model, pictures=1100, tested=300).evaluated == 300
+    with pytest.raises(ValueError, match="511 pictures are there; allowed: prompts_per_step = 512"): sizes_of(config, model, pictures=511)
+
+
+def test_dapo_draws_more_and_sft_draws_nothing():
+    dapo, sft = recipe("emoset_8gpu_dapo"), recipe("emoset_8gpu_sft")
+    model = model_config(THREE_B)
+    assert sizes_of(dapo, model, Assumptions(groups_kept=0.25)).drawn == 2048
+    kept, all_kept = (step_costs(dapo, Shape.of(model), sizes_of(dapo, model, Assumptions(groups_kept=k))) for k in (0.25, 1.0))
+    assert kept["decode"].total == pytest.approx(4 * all_kept["decode"].total) and kept["update"] == all_kept["update"] and "reference" not in kept and "reflect" not in kept
+    assert list(step_costs(sft, Shape.of(model), sizes_of(sft, model))) == ["update"] and memory_of(sft, model, sizes_of(sft, model)).reference == 0
+
+
+def test_the_embedded_policy_s_prompt_is_counted_exactly():
+    for method in ("emo_r3", "grpo", "sft"):
+        config = recipe("scenes_cpu", method=method, **({"num_generations": 1, "beta": 0} if method == "sft" else {}))
+        x = make_scenes("in_domain", "train", 1, 1)[0]
+        prompts = encode_prompts(load_processor("embedded"), [method_messages(method, x.question, x.load_image())])
+        z = sizes_of(config, model_config("embedded"))
+        assert (z.P, z.picture_tokens) == (int(prompts.lengths[0]), prompts.pictures[0].tokens)
+
+
+@pytest.mark.parametrize("size, grid", [((784, 784), (28, 28)), ((1024, 768), (27, 37)), ((200, 100), (13, 26)), ((6000, 4000), (59, 89))])
+def test_pictures_keep_the_bounds(size, grid):  # width and height; rows and columns of 28 pixels, area from 262,144 to 4,194,304
+    assert picture_grid(recipe("emoset_8gpu"), model_config(THREE_B), size) == grid
+    assert 262_144 <= grid[0] * grid[1] * 28**2 <= 4_194_304
+
+
+# ---- weights
+
+@pytest.mark.parametrize("policy", [*MODELS, "embedded"])
+def test_weights_are_those_of_the_real_class(policy):
+    config = model_config(policy)
+    with torch.device("meta"): model = Qwen2_5_VLForConditionalGeneration(config)
+    n = count_parameters(config)
+    assert n.base == sum(p.numel() for p in model.parameters()) and n.vision == sum(p.numel() for p in model.model.visual.parameters())
+    assert n.text == sum(p.numel() for p in model.model.language_model.parameters()) - n.head
+    linear = lambda part: sum(m.weight.numel() for m in part.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv3d)))
+    assert (n.text_linear, n.vision_linear, n.head) == (linear(model.model.language_model), linear(model.model.visual), model.lm_head.weight.numel())
+    with torch.device("meta"): adapted = add_lora(model, 16, 32.0)
+    assert count_parameters(config, 16).adapter == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+
+
+def test_the_published_sizes():
+    assert round(count_parameters(model_config(THREE_B)).base / 1e6) == 3755 and round(count_parameters(model_config(SEVEN_B)).base / 1e6) == 8292
+
+
+def test_four_bits_weigh_what_bitsandbytes_needs():
+    model = load_policy("embedded", "bfloat16", four_bit=True)
+    from bitsandbytes.nn import Linear4bit
+    held = weights = 0
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            held += layer.weight.numel() * layer.weight.element_size() + state.absmax.nbytes + state.state2.absmax.nbytes
+            weights += state.shape.numel()
+    assert weights == count_parameters(model_config("embedded")).text_linear
+    assert held / weights == pytest.approx(NF4_BYTES, rel=0.002)
+
+
+# ---- memory
+
+def test_memory_of_full_training_by_hand():
+    config, model = recipe("emoset_8gpu"), model_config(THREE_B)
+    P, m, n = sizes_of(config, model).P, memory_of(config, model, sizes_of(config, model), world=8), 3_754_622_976
+    assert count_parameters(model).base == n
+    assert (m.weights, m.reference, m.gradients, m.optimizer, m.roots) == (4 * n, 4 * n, 4 * n, 8 * n, 4 * n)  # 15.0, 15.0, 15.0, 30.0, 15.0 GB
+    assert m.cache == 36_864 * (16 * P + 128 * 2048)  # 36,864 bytes a token; 128 completions of 16 prompts
+    assert m.answers == 36_864 * 128 * (P + 2048)
+    assert m.peak == max(m.moments.values()) > m.always + m.gradients + m.roots - 1
+    divided = memory_of(config, model, sizes_of(config, model), world=8, sharded=True)
+    assert (divided.weights, divided.gradients, divided.optimizer, divided.copies) == (n / 2, n / 2, n, 2 * n)
+
+
+def test_memory_of_adapters_by_hand():
+    model, n, a = model_config(THREE_B), 3_754_622_976, count_parameters(model_config(THREE_B), 64).adapter
+    lora = recipe("emoset_1gpu_lora")
+    m = memory_of(lora, model, sizes_of(lora, model))
+    assert (m.weights, m.reference, m.gradients, m.optimizer) == (2 * n + 4 * a, 0, 4 * a, 8 * a)
+    four = replace(lora, four_bit=True)
+    text = count_parameters(model).text_linear
+    assert memory_of(four, model, sizes_of(four, model)).weights == pytest.approx(2 * (n - text) + NF4_BYTES * text + 4 * a)
+
+
+def test_checkpointing_and_shorter_rows_save_activations_alone():
+    config, model = recipe("emoset_8gpu"), model_config(THREE_B)
+    z = sizes_of(config, model)
+    first, all_kept, short = (memory_of(c, model, z, 8) for c in (config, replace(config, gradient_checkpointing=False), replace(config, tokens_per_forward=4096)))
+    assert all_kept.activations > 10 * first.activations and short.activations < first.activations and {m.always for m in (first, all_kept, short)} == {first.always}
+    rows = rows_of(config, z, 8)
+    assert sum(r.completions for r in rows) == 256 // 8 * 8 and max(r.tokens for r in rows) <= 8192
+
+
+def shaped(layers=1, depth=1, full=(), dtype=torch.float32, vocabulary=1216):
+    "A model whose blocks are a few hundred numbers wide."
+    values = json.loads((EMBEDDED_POLICY / "config.json").read_text())
+    values["text_config"] |= {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": vocabulary, "layer_types": None,
+                              "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
+    values["vision_config"] |= {"depth": depth, "hidden_size": 320, "intermediate_size": 856, "out_hidden_size": 384, "patch_size": 14, "window_size": 112, "fullatt_block_indexes": list(full)}
+    return Qwen2_5_VLForConditionalGeneration._from_config(Qwen2_5_VLConfig(**values), attn_implementation="sdpa").eval().to(dtype)
+
+
+def kept_bytes(model, forward):
+    "What torch keeps for the backward pass, besides the weights."
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): out = forward()
+    assert out is not None
+    return sum(t.untyped_storage().nbytes() for where, t in kept.items() if where not in weights)
+
+
+def group(P, R, G): return Prompts((torch.randint(16, 1000, (P,)),), (), (None,), 5, 0), torch.zeros(G, dtype=torch.long), torch.randint(16, 1000, (G, R)), torch.ones(G, R, dtype=torch.long)
+
+
+@pytest.mark.parametrize("kind", ["full", "fp32", "lora"])
+@pytest.mark.parametrize("P, R, G", [(96, 32, 4), (64, 160, 2)])
+def test_a_text_block_keeps_what_the_formula_says(kind, P, R, G):
+    found = {}
+    for layers in (1, 2):
+        model = shaped(layers, dtype=torch.bfloat16 if kind == "lora" else torch.float32)
+        s = Shape.of(model.config)
+        if kind == "lora": model = add_lora(model, 8, 32.0)
+        def forward():
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind != "fp32"): return group_logps(model, *group(P, R, G))
+        found[layers] = kept_bytes(model, forward)
+    copies = {"full": 2 * s.N_b // s.L, "fp32": 0, "lora": 2 * count_parameters(shaped().config, 8).adapter}[kind]  # of the block's matrices, in bf16
+    adapter = 2 * 7 * 8 * (P + R * G) if kind == "lora" else 0  # seven narrow results of eight numbers a token
+    assert text_layer_bytes(s, Row(1, G, P, R), kind != "fp32", kind != "lora") + copies + adapter == pytest.approx(found[2] - found[1], rel=0.01)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("full", [(0, 1), ()])
+def test_a_vision_block_keeps_what_the_formula_says(bf16, full):
+    picture, found = SimpleNamespace(grid=(1, 20, 24), pixel_values=torch.randn(480, 1176), key="one"), {}
+    for depth in (1, 2):
+        model = shaped(depth=depth, full=full)
+        def forward():
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16): return encode_pictures(model, [picture])
+        found[depth] = kept_bytes(model, forward)
+    s = Shape.of(model.config)
+    copies = 2 * (4 * s.v_h**2 + 3 * s.v_h * s.v_i) * bf16
+    assert vision_layer_bytes(s, 4, 480, bf16) + copies == pytest.approx(found[2] - found[1], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_peak_of_a_pass_is_near_what_torch_allocates(kind, again):
+    P, R, G = 256, 64, 8
+    model = shaped(4, dtype=torch.bfloat16 if kind == "lora" else torch.float32, vocabulary=8192)
+    plain = model.config
+    if kind == "lora": model = add_lora(model, 8, 32.0)
+    rows = group(P, R, G)
+    for p in model.parameters():
+        if p.requires_grad: p.grad = torch.zeros_like(p)
+    def update():
+        with checkpointed(model, again):
+            with torch.autocast("cpu", torch.bfloat16): logps, _ = group_logps(model, *rows, with_entropy=True)
+            logps.sum().backward()
+    update()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen: update()
+    now = peak = 0
+    for event in sorted((e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    config = TrainConfig(policy="embedded", gradient_checkpointing=again, lora_rank=8 * (kind == "lora"), freeze_vision=True, num_generations=G, prompts_per_step=1, prompts_per_update=1)
+    sizes = replace(sizes_of(config, model_config("embedded")), P=P, R=R, rows=1, columns=1)
+    m = memory_of(config, plain, sizes)
+    expected = max(m.moments[when] - m.always - m.gradients for when in ("forward", "backward"))
+    assert peak > 4e7 and expected == pytest.approx(peak, rel=0.12)
+
+
+# ---- operations and time
+
+def test_products_with_weights_are_counted_to_the_operation():
+    config = recipe("scenes_cpu", prompts_per_step=1, prompts_per_update=1)
+    model, (P, R, G) = load_policy("embedded"), (60, 20, 4)
+    costs = step_costs(config, Shape.of(model.config), replace(sizes_of(config, model.config), prompts=1, drawn=1, P=P, R=R, G=G))
+    mm = lambda counter: sum(n for op, n in counter.get_flop_counts()["Global"].items() if op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    model.model.visual.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(): group_logps(model, *group(P, R, G))
+    assert mm(counter) == costs["reference"].linear
+    with FlopCounterMode(display=False) as counter: group_logps(model, *group(P, R, G)).sum().backward()
+    assert mm(counter) == pytest.approx(costs["update"].linear, rel=1e-6)
+
+
+def test_an_update_s_floor_by_hand():
+    config, model = recipe("emoset_8gpu", prompts_per_update=512), model_config(THREE_B)
+    z = replace(sizes_of(config, model), P=1000, R=300)
+    text = 2 * 2.775e9 * (1000 + 8 * 300) + 4 * 36 * 2048 * (1000**2 / 2 + 8 * (300 * 1000 + 300**2 / 2)) + 2 * 151_936 * 2048 * 8 * 300
+    patches = 4 * 784
+    vision = 2 * patches * (630.0e6 + 1.5e6) + patches / 2 * 36.7e6 + 4 * 1280 * (4 * patches**2 + 28 * 64 * patches)
+    phases = phases_of(config, model, z, 8, GPUS["H100"], replace(Assumptions(), **LIMITS))
+    assert phases["update"].flops == pytest.approx(3 * (text + vision) * 512, rel=0.01) and phases["update"].done == pytest.approx(4 * (text + vision) * 512, rel=0.01)
+    assert phases["update"].seconds == pytest.approx(4 * (text + vision) * 512 / (8 * 989e12), rel=0.01)
+
+
+def test_decoding_waits_for_memory_at_the_limit_and_for_launches_as_assumed():
+    config, model = recipe("emoset_8gpu"), model_config(THREE_B)
+    z = sizes_of(config, model)
+    limit = phases_of(config, model, z, 8, GPUS["H100"], replace(Assumptions(longest=1), **LIMITS))["decode"]
+    cache = 36_864 * 16 * (912 + 8 * 150)  # 16 prompts once, 128 half-written completions
+    assert limit.seconds == pytest.approx(4 * 300 * (2 * (2.775e9 + 0.311e9) + cache) / 3350e9, rel=0.01) and limit.bound == "memory"
+    assumed = phases_of(config, model, z, 8, GPUS["H100"], Assumptions())["decode"]
+    assert assumed.bound == "launches" and assumed.seconds > 4 * 600 * 0.025
+
+
+def test_nothing_is_faster_than_the_limit_and_more_devices_are_faster():
+    config = recipe("emoset_8gpu")
+    for name in GPUS:
+        plan = plan_run(config, f"8x{name}")
+        assert all(plan.floor[k].seconds <= p.seconds for k, p in plan.phases.items()) and plan.step_s > 1
+    assert plan_run(config, "1xH200").step_s > 7 * (plan_run(config, "8xH200").step_s - plan_run(config, "8xH200").phases["add up gradients"].seconds)
+
+
+@pytest.mark.parametrize("name, gpus, fits", [("emoset_8gpu", "8xH100", False), ("emoset_8gpu", "8xH200", True), ("emoset_1gpu_lora", "L40S", True), ("emoset_1gpu_4bit", "4090", True), ("emoset_1gpu_lora", "4090", False)])
+def test_what_fits_and_what_to_change(name, gpus, fits):
+    plan = plan_run(recipe(name), gpus)
+    assert plan.fits is fits and bool(plan.ways_out) is not fits and ("IT DOES NOT FIT" in plan_table(plan)) is not fits
+    room = (plan.gpu.memory_gb - plan.assumed.reserve_gb) * 1e9
+    for what, peak in plan.ways_out:
+        if "x" not in what.split()[0]: assert peak <= room, what
+        if " = " in what:  # the change as the command line takes it
+            options = dict(part.split(" = ") for part in what.split(", "))
+            assert plan_run(recipe(name, **options), gpus).fits
+
+
+# ---- refusals
+
+@pytest.mark.parametrize("text, words", [("8xH2O", "did you mean 'h20'"), ("0xH20", "gpus = '0xH20'"), ("", "name"), ("x", "name"), ("8x", "name"), ("-1xH20", "name")])
+def test_devices_that_are_none(text, words):
+    with pytest.raises(ValueError, match=words): parse_gpus(text)
+
+
+def test_devices_by_their_usual_names(): assert [parse_gpus(t)[0:2] for t in ("H20", "8xh20", "2xA100")] == [(1, GPUS["H20"]), (8, GPUS["H20"]), (2, GPUS["A100-80"])]
+
+
+@pytest.mark.parametrize("values, words", [({"picture": (0, 5)}, "picture"), ({"completion_tokens": 0}, "completion_tokens"), ({"update_efficiency": 1.5}, "update_efficiency"), ({"longest": 0.5}, "longest"), ({"launch_s": float("nan")}, "launch_s")])
+def test_assumptions_that_cannot_be(values, words):
+    with pytest.raises(ValueError, match=words): Assumptions(**values)
+
+
+def test_ranks_must_divide_an_update():
+    with pytest.raises(ValueError, match="prompts_per_update = 256; allowed: a multiple"): plan_run(recipe("emoset_8gpu"), "7xH20")
+
+
+def test_a_policy_of_unknown_shape_is_refused_and_a_folder_is_read(tmp_path):
+    with pytest.raises(ValueError, match="its shape is not known without a download"): model_config("Qwen/Qwen2.5-VL-72B-Instruct")
+    with pytest.raises(ValueError, match="did you mean"): model_config("Qwen/Qwen2.5-VL-3B-Instuct")
+    assert Shape.of(model_config(str(EMBEDDED_POLICY))) == Shape.of(AutoConfig.from_pretrained(str(EMBEDDED_POLICY)))
+
+
+# ---- the command
+
+DRY = [(name, G, preset) for name in ("emoset_8gpu", "emotion6_8gpu") for G in (4, 8) for preset in ("paper", "released")]
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def refuse(*args, **kwargs): raise AssertionError("weights were asked for, or the network")
+    for name in ("load_policy", "snapshot_download"): monkeypatch.setattr(emo_r3.policy, name, refuse)
+    monkeypatch.setattr(emo_r3.policy.AutoModelForImageTextToText, "from_pretrained", refuse)
+
+
+@pytest.mark.parametrize("name, G, preset", DRY)
+def test_a_dry_run_of_the_paper_s_runs(capsys, nothing_loads, tmp_path, monkeypatch, name, G, preset):
+    monkeypatch.chdir(tmp_path)
+    began = time.perf_counter()
+    code, out, err = run_main(capsys, "train", name, "--dry-run", "--gpus", "8xH20", "--num-generations", G, "--preset", preset)
+    assert time.perf_counter() - began < 5 and (code, err) == (0, "") and not any(tmp_path.iterdir())
+    for words in (f"preset {preset}, G = {G}", f"{512 * G:,} completions each", "80 of 512" if name == "emoset_8gpu" else "60 of 512", "time of a step on 8 x H20", "needed", "not measured", "is not here"): assert words in out, words
+
+
+@pytest.mark.parametrize("words", [("emoset_8gpu_dapo",), ("emoset_8gpu_sft",), ("emoset_8gpu", "--method", "grpo"), ("emoset_8gpu", "--method", "set"), ("emoset_1gpu_lora",), ("emoset_1gpu_4bit",), ("scenes_cpu",)])
+def test_a_dry_run_of_baselines_and_small_runs(capsys, nothing_loads, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_main(capsys, "train", *words, "--dry-run")
+    assert (code, err) == (0, "") and "memory of" in out and not any(tmp_path.iterdir())
+    assert ("\n  reflect " in out) is words[0].startswith(("emoset_1gpu", "scenes"))  # the others ask nothing
+    code, planned, _ = run_main(capsys, "plan", *words)
+    assert code == 0 and planned == out
+
+
+def test_a_dry_run_explains_every_field(capsys, nothing_loads):
+    code, out, _ = run_main(capsys, "train", "emoset_8gpu", "--dry-run", "--explain", "--preset", "released")
+    lines = {line.split()[0]: line for line in out.partition("\n\n")[0].splitlines()}
+    assert code == 0 and set(TrainConfig.__dataclass_fields__) < set(lines)
+    assert " option " in lines["preset"] and " recipe " in lines["beta"] and " default " in lines["adam_betas"] and "EasyR1" in lines["adam_betas"]
+    assert choices_table(recipe("scenes_cpu")).splitlines()[0].startswith("field")
+
+
+@pytest.mark.parametrize("words, said", [(("--beta", "x"), "beta = 'x'; allowed: a number"), (("--gpus", "8xH2O"), "did you mean 'h20'"), (("--metod", "set"), "did you mean"), (("--gpus", "7xH20"), "prompts_per_update = 256"), (("--policy", "Qwen/Other"), "not known without a download")])
+def test_a_dry_run_refuses_what_a_run_would(capsys, nothing_loads, words, said):
+    for command in (("train", "emoset_8gpu", "--dry-run"), ("plan", "emoset_8gpu")):
+        code, out, err = run_main(capsys, *command, *words)
+        assert code == 2 and out == "" and said in err and err.count("\n") == 1
+
+
+def test_pictures_that_are_here_are_counted_and_measured(capsys, nothing_loads, tmp_path):
+    for split, n in (("train", 40), ("test", 7)):
+        for i in range(n):
+            file = tmp_path / "mine" / split / ("awe" if i % 2 else "fear") / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (560, 700), (i, 0, 0)).save(file)
+    code, out, err = run_main(capsys, "plan", "emoset_1gpu_4bit", "--data", tmp_path / "mine", "--data-format", "null")
+    assert (code, err) == (0, "") and "40 pictures to train on; 7 to evaluate on" in out and "counted in the data" in out and "3 of 32 pictures" in out and "500 = 25 x 20" in out and "560x700 pixels" in out
+    code, out, err = run_main(capsys, "plan", "emoset_1gpu_lora", "--data", tmp_path / "mine", "--data-format", "null")
+    assert code == 2 and "40 pictures are there; allowed: prompts_per_step = 64" in err
+
+
+def test_a_plan_takes_what_is_assumed_from_its_options(capsys, nothing_loads):
+    code, out, _ = run_main(capsys, "plan", "emoset_8gpu", "--gpus", "8xH100", "--sharded", "--picture", "1024x768", "--completion-tokens", "150")
+    assert code == 0 and "999 = 27 x 37" in out and "completion 150" in out and "not built yet" in out and "it fits" in out
+    assert run_main(capsys, "plan", "emoset_8gpu", "--picture", "big")[0] == 2
