@@ -452,7 +452,8 @@ def _lines_of(check: DataCheck) -> Iterator[tuple[str, ...]]:
         rows, usable, published = (part.get(split, {}) for part in (check.rows, check.usable, check.published))
         for label in (*check.label_set.labels, "all"):
             here, there = rows.get(label, 0), published.get(label)
-            yield split, label, f"{here:,}", "?" if there is None else f"{there:,}", "" if there in (None, here) else f"{here - there:+,}", f"{usable.get(label, 0):,}"
+            compared = ("?" if there is None else f"{there:,}", "" if there in (None, here) else f"{here - there:+,}") if check.published else ()
+            yield split, label, f"{here:,}", *compared, f"{usable.get(label, 0):,}"
 
 
 def check_table(
@@ -460,7 +461,7 @@ def check_table(
     most: int = 5, # of each kind of problem this many are written out
 ) -> str: # lines of text
     "Returns the counts as a table, and the problems below it."
-    lines = [("split", "label", "rows", "published", "difference", "usable"), *_lines_of(check)]
+    lines = [("split", "label", "rows", *(("published", "difference") if check.published else ()), "usable"), *_lines_of(check)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ["  ".join(cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
     if not check.rows and not check.published: text = []
