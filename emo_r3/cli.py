@@ -322,6 +322,7 @@ def run(config: "TrainConfig", # every choice
     frozen_weights = "bfloat16" if config.lora_rank and config.precision == "bf16" else "float32"  # weights that learn stay in single precision
     check_trainable(config.policy)
     policy, processor = load_pair(config.policy, frozen_weights, config.four_bit, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    check_trainable(policy)  # an adapter's folder does not say what is under it
     if has_adapter(policy):
         if getattr(unwrapped(policy), "is_loaded_in_4bit", False): raise ValueError(f"policy = {config.policy!r}: an adapter on four-bit weights, which cannot be merged exactly; allowed: full weights, or an adapter on weights in full or half precision")
         if config.lora_rank: raise ValueError(f"lora_rank = {config.lora_rank}: {config.policy!r} is an adapter itself, and a second one would be saved without it; allowed: lora_rank = 0, which trains the merged weights, or a policy in full weights")
@@ -668,6 +669,7 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("name", metavar="NAME", help=f"{', '.join(EXPERIMENTS)}")
     add("--data", default="embedded", metavar="DATA", help="embedded, or emoset=PATH,emotion6=PATH,webemo=PATH, each as published (default: embedded)")
+    add("--test-manifests", default="", metavar="FILES", help="emoset=FILE,...: measure on the pictures that these list, see 'emo-r3 data sample' (default: cropped by a fixed seed)")
     add("--seeds", type=int, default=3, metavar="N", help="runs a trained cell, whose median is shown (default: 3)")
     add("--methods", metavar="A,B", help="rows of a table to keep, or to add (default: the table's own)")
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time; with more than one, one thread each (default: 1)")
@@ -693,7 +695,7 @@ def experiment_command(args: argparse.Namespace) -> None:
     from emo_r3.experiments import Trial, experiment
     methods = args.methods.split(",") if args.methods is not None else None
     trial = Trial(args.max_steps, args.eval_size, args.policy, train_fields(shlex.split(args.train_options)))
-    failed = experiment(args.name, args.data, args.seeds, methods, trial, args.runs, args.output, args.jobs, shlex.split(args.launch), args.collect, args.dry_run, say=lambda line: print(printable(line, keep="\n"), flush=True))
+    failed = experiment(args.name, args.data, args.test_manifests, args.seeds, methods, trial, args.runs, args.output, args.jobs, shlex.split(args.launch), args.collect, args.dry_run, say=lambda line: print(printable(line, keep="\n"), flush=True))
     for why in failed.values(): print(f"emo-r3: {printable(why, keep=chr(10))}", file=sys.stderr)
     if failed: raise SystemExit(1)
 

@@ -135,7 +135,7 @@ _CHART_STYLE = """
 .emo .w.a{background:var(--a)} .emo .w.b{background:var(--b)} .emo .w.c{background:var(--c)} .emo .w.d{background:var(--d)}
 .emo .w.e{background:var(--line)}
 .emo .key{display:inline-flex;align-items:center;gap:5px;margin-right:14px;font-size:12px} .emo .key .w{width:12px;height:10px;border-radius:2px}
-.emo .ranking{margin:4px 0 14px}
+.emo .ranking{margin:4px 0 14px} .emo .own-rewards{padding-top:26px}
 .emo .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,300px),1fr));gap:26px 30px}
 .emo .charts.four .chart{max-width:360px} .emo .charts.four{grid-template-columns:repeat(auto-fit,minmax(min(100%,200px),1fr));gap:22px 24px} .emo .chart{margin:0;break-inside:avoid}
 .emo .chart svg{display:block;width:100%;max-width:440px;height:auto;overflow:visible}
@@ -618,6 +618,7 @@ _ALLOWED: dict[str, Callable[[object], bool]] = {  # what a field may hold, in t
     "two numbers from -1 to 1": lambda v: _list(v, lambda x: _between(x, -1, 1)) and len(v) == 2,
     "a list of texts": lambda v: _list(v, lambda x: isinstance(x, str)), "three texts or nulls": lambda v: _list(v, lambda x: x is None or isinstance(x, str)) and len(v) == 3,
     "an object": lambda v: isinstance(v, dict), "a list": lambda v: isinstance(v, list), "a list of one or more": lambda v: isinstance(v, list) and v != [],
+    "a checkpoint's name, such as step_000050": lambda v: isinstance(v, str) and bool(re.fullmatch("step_[0-9]{1,12}", v)),
     "an object of finite numbers": lambda v: isinstance(v, dict) and all(map(_finite, v.values()))}
 
 # %% ../nbs/16_explore.ipynb #bc703134
@@ -698,9 +699,12 @@ def read_sample(
     return sample
 
 # %% ../nbs/16_explore.ipynb #efe04422
-_SUMMARY = {"recipe": "a text or null", "steps": "a whole number from 0 on or null", "wall_s": "a number from 0 on or null", **{name: "an object or null" for name in ("before", "after", "comparison")}}
+_SUMMARY = {"recipe": "a text or null", "steps": "a whole number from 0 on or null", "wall_s": "a number from 0 on or null", **{name: "an object or null" for name in ("before", "after", "comparison", "ended", "reported")}}
 _FIGURES = {"n": "a whole number from 1 on", "accuracy": "a number from 0 to 1", "ci95": "two numbers from -1 to 1 or null", "confusion": "an object or null", "per_class": "an object or null",
             **{name: "a number from 0 to 1 or null" for name in ("grounding", "format", "unparsed", "faithfulness")}}
+_ENDED = {"why": "a text", "step": "a whole number from 0 on"}
+_DEPLETED = {"kept": "a number from 0 to 1", "all_right": "a number from 0 to 1", "all_wrong": "a number from 0 to 1", "refills": "a whole number from 1 on"}
+_REPORTED = {"checkpoint": "a checkpoint's name, such as step_000050", "validation_accuracy": "a number from 0 to 1"}
 _COMPARISON = {"n": "a whole number from 1 on", "gained": "a whole number from 0 on", "lost": "a whole number from 0 on", "p_value": "a number from 0 to 1", "ci95": "two numbers from -1 to 1 or null"}
 
 
@@ -730,6 +734,10 @@ def read_summary(
         for domain, figures in (summary.get(when) or {}).items(): _check_figures(str(path), f"{when}.{_named(domain)}", figures)
     for domain, found in (summary.get("comparison") or {}).items():
         if found is not None: _check(str(path), f"comparison.{_named(domain)}", found, _COMPARISON)
+    if (ended := summary.get("ended")) is not None:
+        _check(str(path), "ended", ended, _ENDED)
+        if ended["why"] == "depleted": _check(str(path), "ended", ended, _DEPLETED)
+    if summary.get("reported") is not None: _check(str(path), "reported", summary["reported"], _REPORTED)
     return summary
 
 # %% ../nbs/16_explore.ipynb #323b2bc3
@@ -941,6 +949,21 @@ def line_chart(
     return tag("figure", caption, picture, tag("p", note, class_="dim note") if note else None, class_="chart")
 
 # %% ../nbs/16_explore.ipynb #6982479d
+def _kind(row: Mapping) -> str:
+    "What a line of metrics tells of: a step that was trained, groups that were drawn for one in vain, or an evaluation before or after."
+    if any(name in row for name in ("reward", "loss", "step_time")): return "step"
+    return "drawn" if any(name.startswith("filter/") for name in row) else "evaluation"
+
+
+def _supervised(run: "RunReport") -> bool: return run.config.get("method") == "sft"  # taught answers, and no completion is sampled
+
+
+def _without_grounding(summary: Mapping | None) -> dict | None:
+    "A summary for answers that describe nothing, so that no description of theirs is true or false."
+    if summary is None: return None
+    return summary | {when: {d: figures | {"grounding": None} for d, figures in (summary.get(when) or {}).items()} for when in ("before", "after")}
+
+# %% ../nbs/16_explore.ipynb #9c98e4cb
 class RunReport:
     "Everything about one run on one page. Raises FileNotFoundError or ValueError, naming the file, where it is missing or broken."
     def __init__(self, run_folder: str | Path,  # of a run, finished or not
@@ -949,17 +972,23 @@ class RunReport:
         self.config, self.summary = read_config(self.folder), read_summary(self.folder)
         self.rows, self.torn = read_metrics(self.folder / "metrics.jsonl")
         self.set_aside = read_quarantine(self.folder / "quarantine.jsonl")
-        self.steps = [row for row in self.rows if "reward" in row]  # the others are evaluations before and after
+        self.steps, self.drawn, self.evaluations = ([row for row in self.rows if _kind(row) == kind] for kind in ("step", "drawn", "evaluation"))
+        if _supervised(self): self.summary = _without_grounding(self.summary)
         self.samples = sorted((self.folder / "samples").glob("step_*.json"))
 
     def curve(self, name: str,  # a metric
               rows: Sequence[Mapping] | None = None,  # some of the run's rows; None: all
               ) -> tuple[list[float], list[float]]:
-        "Returns a metric's steps and finite values; an evaluation after the last step counts to that step."
-        rows = self.rows if rows is None else rows
-        found = [(row["step"], row[name]) for row in rows if _finite(row.get(name))]
-        end = self.steps[-1]["step"] if self.steps else math.inf
-        return [min(step, end) for step, _ in found], [float(value) for _, value in found]
+        "Returns a metric's steps and finite values; an evaluation counts to the last step that had changed the policy it measured."
+        found = [(self.policy_step(row) if name.startswith("eval/") else row["step"], row[name]) for row in (self.rows if rows is None else rows) if _finite(row.get(name))]
+        return [step for step, _ in found], [float(value) for _, value in found]
+
+    def policy_step(self, row: Mapping,  # of the run's rows
+                    ) -> int:
+        "Returns after which step the policy was that a line of metrics evaluates."
+        step, last = row["step"], self.steps[-1]["step"] if self.steps else 0 if self.drawn else math.inf
+        if step > last and _kind(row) == "evaluation" and self.reported is not None: return min(self.reported, last)
+        return min(step, last)
 
     def ends(self, name: str) -> tuple[float, float] | None:  # None: never recorded
         "Returns a metric's mean over the first and over the last tenth of the steps."
@@ -968,10 +997,27 @@ class RunReport:
         return (sum(values[:part]) / part, sum(values[-part:]) / part) if values else None
 
     @property
+    def ended(self) -> Mapping | None:
+        "Why and where the run ended early; None: it did not, or goes on."
+        return (self.summary or {}).get("ended")
+
+    @property
+    def reported(self) -> int | None:  # None: the last one
+        "After which step the policy was that was measured and saved at the end, where that was chosen."
+        found = (self.summary or {}).get("reported")
+        return None if found is None else int(found["checkpoint"].removeprefix("step_"))
+
+    @property
+    def measured(self) -> list[str]:
+        "The domains that were evaluated after the training, the one that was trained on first."
+        data = str(self.config.get("data"))
+        trained = data.removeprefix("scenes:") if data.startswith("scenes:") else "in_domain"
+        return sorted((self.summary or {}).get("after") or {}, key=lambda d: d != trained)
+
+    @property
     def domains(self) -> list[str]:
-        "The domains that were evaluated before and after, the one that was trained on first."
-        before, after = ((self.summary or {}).get(when) or {} for when in ("before", "after"))
-        return sorted((d for d in before if d in after), key=lambda d: d != "in_domain")
+        "Those of them that were also evaluated before it."
+        return [d for d in self.measured if d in ((self.summary or {}).get("before") or {})]
 
     @property
     def weights(self) -> RewardWeights:
@@ -1050,6 +1096,26 @@ def _other_domains_sentence(run: RunReport, domains: Sequence[str]) -> Html | No
         else: told.append(f"{_words_of(d)} {_points(a['accuracy'] - b['accuracy'])}" + (" (within chance)" if moved == "unclear" else ""))
     return join(["Elsewhere, in points: ", ", ".join(told), ". "])
 
+# %% ../nbs/16_explore.ipynb #c5807ee7
+def _guessing(figures: Mapping) -> float | None:
+    labels = (figures.get("confusion") or {}).get("rows")
+    return 1 / len(labels) if labels else None
+
+
+def _ends(interval: tuple[float, float]) -> str: return f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f}"
+
+
+def _after_sentences(run: RunReport) -> Html:
+    "What was measured after the training alone."
+    after, (main, *others) = run.summary["after"], run.measured
+    a, guess = after[main], _guessing(after[main])
+    sure = f"95 % interval {_ends(_interval(a))}, {_count(a['n'], 'picture')}" + (f", guessing {_percent(guess)}" if guess else "")
+    told = [f"{_percent(a[name])} {text}" for name, text in (("grounding", "describe only what is in the picture"), ("format", "keep the form")) if a.get(name) is not None]
+    elsewhere = [f"{_words_of(d)} {_percent(after[d]['accuracy'])}" for d in others]
+    return join(["It was measured after training only, so what the training changed cannot be said. Accuracy ", tag("b", _where(main)), " is ", tag("b", _percent(a["accuracy"])), f" ({sure}). ",
+                 f"Elsewhere: {', '.join(elsewhere)}. " if elsewhere else None,
+                 f"Of the answers {_where(main)}, {'; '.join(told)}. " if told else None])
+
 # %% ../nbs/16_explore.ipynb #f3b11305
 def _known(run: RunReport, domain: str, name: str) -> tuple[float, float] | None:
     "A figure before and after, where both are known."
@@ -1083,11 +1149,12 @@ def _warnings(run: RunReport) -> list[str]:
     if run.ends(true) and run.ends(nods) and last(nods) > last(true) + 0.1:
         found.append(f"the judge says Yes to {share(nods)} of the step 1s while {share(true)} are true")
     if last("frac_reward_zero_std") > 0.5: found.append(f"at the end {share('frac_reward_zero_std')} of the groups were paid alike and taught nothing")
+    if run.ends("filter/kept") and not run.ended and last("filter/kept") < 0.5: found.append(f"at the end only {share('filter/kept')} of the groups drawn passed the filter; the others were drawn for nothing")
     if last("completions/clipped_ratio") > 0.05: found.append(f"at the end {share('completions/clipped_ratio')} of the completions ran into the length limit")
     return found
 
 # %% ../nbs/16_explore.ipynb #0dd6e235
-_METHODS = {"emo_r3": "EMO-R3", "set": "SET without reflection", "grpo": "plain GRPO"}
+_METHODS = {"emo_r3": "EMO-R3", "set": "SET without reflection", "grpo": "plain GRPO", "sft": "SFT (supervised answers)"}
 
 
 def _time(seconds: float) -> str:
@@ -1097,12 +1164,30 @@ def _time(seconds: float) -> str:
     return f"{large:,} {units[0]}" + (f" {small} {units[1]}" if small else "")
 
 
+def _early(run: RunReport) -> str | None:  # None: the run did not end early
+    "Where and why a run ended early, without the first word."
+    if run.ended is None: return None
+    e = run.ended
+    if e["why"] != "depleted": return f"ended early after step {e['step']:.0f} ({_cut(e['why'])})"
+    return f"ended early after step {e['step']:.0f}: only {_percent(e['kept'])} of the groups drawn passed the filter in {_count(e['refills'], 'draw')}"
+
+
+def _chosen(run: RunReport) -> str | None:  # None: the last policy, as ever
+    "Which policy was measured and saved at the end."
+    if run.reported is None: return None
+    n = sum(any(name.startswith("eval/") for name in row) for row in (*run.steps, *run.drawn))
+    best = f", best of {n} on validation pictures ({_percent(run.summary['reported']['validation_accuracy'])} there)" if n else f" ({_percent(run.summary['reported']['validation_accuracy'])} on validation pictures)"
+    return (f"the policy after step {run.reported}" if run.reported else "the policy before its first step") + best
+
+
 def _opening(run: RunReport) -> str:
     method = _METHODS.get(run.config.get("method"), str(run.config.get("method")))
     if run.summary:
         took = f" in {_time(run.summary['wall_s'])}" if run.summary.get("wall_s") else ""
         steps = run.summary.get("steps")
-        return f"{_cut(method[:1].upper() + method[1:])} trained for {_count(len(run.steps) if steps is None else steps, 'step')}{took}. "
+        early, chosen = _early(run), _chosen(run)
+        trained = f"{_cut(method[:1].upper() + method[1:])} trained for {_count(len(run.steps) if steps is None else steps, 'step')}{took}"
+        return trained + (f" and {early}. " if early else ". ") + (f"Measured and saved at the end is {chosen}. " if chosen else "")
     reached = f"The last step on record is {run.steps[-1]['step']}." if run.steps else "No step is on record."
     torn = " The last line of metrics.jsonl is only half written." if run.torn else ""
     return f"This {_cut(method)} run has not ended: summary.json is missing. {reached}{torn} "
@@ -1114,46 +1199,47 @@ def verdict_html(
     "Returns the first paragraph: what changed, how sure that is, and what to watch."
     said, domains = [_opening(run)], run.domains
     if domains: said += [_accuracy_sentence(run, domains[0]), _other_domains_sentence(run, domains[1:]), _reasoning_sentence(run, domains)]
+    elif run.measured: said.append(_after_sentences(run))
     else:
-        reward = run.ends("reward")
+        reward, loss = run.ends("reward"), run.ends("loss") if _supervised(run) else None
         if reward: said.append(f"The mean reward of the sampled completions {_went(f'{reward[0]:.2f}', f'{reward[1]:.2f}')}. ")
+        if loss: said.append(f"The loss on the taught answers {_went(f'{loss[0]:.2f}', f'{loss[1]:.2f}')} nats a token. ")
         if run.summary: said.append("The policy was not evaluated before and after, so nothing can be said about unseen pictures. ")
     warnings = _warnings(run)
     if warnings: said += [tag("b", "To watch: ", class_="half"), "; ".join(warnings), "."]
     return tag("p", *said, class_="verdict")
 
-# %% ../nbs/16_explore.ipynb #8f2a9ffe
+# %% ../nbs/16_explore.ipynb #3e6eeef5
 def _dumbbell(
-    before: float,  # shares, 0 to 1
+    before: float | None,  # shares, 0 to 1; None: not measured
     after: float,
-    intervals: tuple[tuple[float, float], tuple[float, float]] | None = None,  # of before and of after
+    intervals: tuple[tuple[float, float] | None, tuple[float, float]] | None = None,  # of before and of after
     guessing: float | None = None,  # what a guess would get right
 ) -> Html:
-    "Returns a line from before to after on a scale from 0 to 1."
+    "Returns a line from before to after on a scale from 0 to 1; without a before, a disc alone."
     place = lambda v: f"left:{100 * v:.1f}%"
     span = lambda kind, low, high: tag("i", class_=kind, style=f"{place(low)};width:{100 * (high - low):.1f}%")
     parts = [] if guessing is None else [tag("i", class_="chance", style=place(guessing), title=f"guessing: {_percent(guessing)}")]
-    if intervals: parts += [span("ci before", *intervals[0]), span("ci after", *intervals[1])]
-    parts += [span("way", *sorted((before, after))), *(tag("i", class_=f"pt {when}", style=place(v)) for when, v in (("before", before), ("after", after)))]
-    return tag("div", *parts, class_="dumbbell", role="img", aria_label=f"{_percent(before)} before, {_percent(after)} after")
+    points = [(when, v) for when, v in (("before", before), ("after", after)) if v is not None]
+    if intervals: parts += [span(f"ci {when}", *found) for when, found in zip(("before", "after"), intervals) if found]
+    if before is not None: parts.append(span("way", *sorted((before, after))))
+    parts += [tag("i", class_=f"pt {when}", style=place(v)) for when, v in points]
+    return tag("div", *parts, class_="dumbbell", role="img", aria_label=", ".join(f"{_percent(v)} {when}" for when, v in points))
 
-# %% ../nbs/16_explore.ipynb #3e6eeef5
-def _guessing(figures: Mapping) -> float | None:
-    labels = (figures.get("confusion") or {}).get("rows")
-    return 1 / len(labels) if labels else None
-
-
-def _with_interval(figures: Mapping) -> Html:
-    low, high = _interval(figures)
-    return join([tag("b", _percent(figures["accuracy"])), tag("div", f"{100 * low:.0f} to {100 * high:.0f}", class_="dim small")])
+# %% ../nbs/16_explore.ipynb #2483aa05
+def _with_interval(figures: Mapping | None) -> Html:
+    if figures is None: return Html("–")
+    return join([tag("b", _percent(figures["accuracy"])), tag("div", _ends(_interval(figures)), class_="dim small")])
 
 
-def _shift(before: Mapping, after: Mapping, name: str) -> str:
+def _shift(before: Mapping | None, after: Mapping, name: str) -> str:
+    if before is None: return _percent(after.get(name)).replace("\u00a0%", "")
     if before.get(name) is None and after.get(name) is None: return "–"
     return f"{_percent(before.get(name))} → {_percent(after.get(name))}".replace("\u00a0%", "")
 
 
-def _change(before: Mapping, after: Mapping, comparison: Mapping | None) -> Html:
+def _change(before: Mapping | None, after: Mapping, comparison: Mapping | None) -> Html:
+    if before is None: return Html("–")
     moved = direction(before, after, comparison)
     mark, kind = {"rose": ("▲", "good"), "fell": ("▼", "bad"), "unclear": ("=" if after["accuracy"] == before["accuracy"] else "≈", "dim")}[moved]
     points, ends = f"{mark} {_points(after['accuracy'] - before['accuracy'])}", (comparison or {}).get("ci95")
@@ -1167,37 +1253,38 @@ def _mcnemar(comparison: Mapping | None) -> Html:
 
 def _lacking(text: str) -> Html: return tag("p", text, class_="dim")  # stands where there is nothing to show
 
-# %% ../nbs/16_explore.ipynb #2483aa05
+# %% ../nbs/16_explore.ipynb #aec494d1
 _BESIDE = {"grounding": "grounding, %", "format": "format, %", "unparsed": "unparsed, %", "faithfulness": "faithful, %"}  # figure -> column
 
 
 def before_after_html(
     run: RunReport,
 ) -> Html:
-    "Returns the table of before and after by domain, with Wilson intervals and, where answers were paired, McNemar's test; or a note."
+    "Returns the table of before and after by domain, with Wilson intervals and, where answers were paired, McNemar's test; of after alone where nothing else was measured; or a note."
     if run.summary is None: return _lacking("The run has not ended, so there is nothing to compare yet.")
-    if not run.domains: return _lacking("No evaluation was made before and after the training.")
-    before, after, paired = run.summary["before"], run.summary["after"], run.summary.get("comparison") or {}
-    beside = [name for name in _BESIDE if any(figures[d].get(name) is not None for figures in (before, after) for d in run.domains)]
+    if not run.measured: return _lacking("No evaluation was made before and after the training.")
+    before, after, paired = run.summary.get("before") or {}, run.summary["after"], (run.summary.get("comparison") or {}) if run.domains else {}
+    beside = [name for name in _BESIDE if any((figures.get(d) or {}).get(name) is not None for figures in (before, after) for d in run.measured)]
     rows = []
-    for d in run.domains:
-        b, a = before[d], after[d]
+    for d in run.measured:
+        b, a = before.get(d), after[d]
         name = tag("th", _words_of(d), tag("div", _count(a["n"], "picture"), class_="dim small"), scope="row")
-        line = tag("td", _dumbbell(b["accuracy"], a["accuracy"], (_interval(b), _interval(a)), _guessing(a)), class_="wide")
+        line = tag("td", _dumbbell(b and b["accuracy"], a["accuracy"], (b and _interval(b), _interval(a)), _guessing(a)), class_="wide")
         test = [_mcnemar(paired.get(d))] if paired else []
-        numbers = [_with_interval(b), _with_interval(a), _change(b, a, paired.get(d)), *test, *(_shift(b, a, figure) for figure in beside)]
-        rows.append(tag("tr", name, line, _cells(*numbers)))
-    names = ["domain", "accuracy, 0 to 100 %", "before", "after", "points", *(["McNemar"] if paired else []), *(_BESIDE[name] for name in beside)]
+        compared = [_with_interval(b), _with_interval(a), _change(b, a, paired.get(d)), *test] if run.domains else [_with_interval(a)]
+        rows.append(tag("tr", name, line, _cells(*compared, *(_shift(b, a, figure) for figure in beside))))
+    names = ["domain", "accuracy, 0 to 100 %", *(["before", "after", "points"] if run.domains else ["accuracy"]), *(["McNemar"] if paired else []), *(_BESIDE[name] for name in beside)]
     table = tag("table", _heading(names), tag("tbody", *rows), class_="before-after")
-    note = "Greedy answers, every picture counted. Ring: before; disc: after; bars and small numbers: 95 % intervals (Wilson); upright tick: guessing."
-    if not paired: note += " The run did not pair its answers, so there is no McNemar test."
+    note = "Greedy answers, every picture counted. " + ("Ring: before; disc: after" if run.domains else "Measured after training only. Disc: accuracy") + "; bars and small numbers: 95 % intervals (Wilson); upright tick: guessing."
+    if run.domains and not paired: note += " The run did not pair its answers, so there is no McNemar test."
+    if chosen := _chosen(run): note += f" After: {chosen}."
     return join([tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="before and after"), tag("p", note, class_="dim note")])
 
 # %% ../nbs/16_explore.ipynb #08bbaedf
 def _evaluated(run: RunReport, domain: str, name: str, colour: str, dash: bool = False) -> list[Line]:
     "The line from before to after, and the line of what was measured during training."
     lines = []
-    for kind, rows in (("ends", [row for row in run.rows if "reward" not in row]), ("dots", run.steps)):
+    for kind, rows in (("ends", run.evaluations), ("dots", [*run.steps, *run.drawn])):
         steps, values = run.curve(f"eval/{domain}/{name}", rows)
         counts = run.curve(f"eval/{domain}/n", rows)[1]
         sure = [wilson_interval(round(v * n), int(n)) for v, n in zip(values, counts)] if len(counts) == len(values) else None
@@ -1211,16 +1298,22 @@ def evaluation_charts(
     "Returns one chart a domain of accuracy and grounding through training, with Wilson intervals; or a note."
     found = list(dict.fromkeys(key.split("/")[1] for row in run.rows for key in row if re.fullmatch("eval/[^/]+/accuracy", key)))
     if not found: return _lacking("No evaluation is on record.")
-    lines = lambda d: [*_evaluated(run, d, "accuracy", "a"), *_evaluated(run, d, "grounding", "d", dash=True)]
+    drawn = [("accuracy", "a", "accuracy"), ("grounding", "d", "grounding: the description is true (dashed)")][:1 if _supervised(run) else 2]
+    lines = lambda d: [line for name, colour, _ in drawn for line in _evaluated(run, d, name, colour, dash=name == "grounding")]
     ordered = sorted(found, key=lambda d: d != "in_domain")
     charts = [line_chart(_words_of(d), "", lines(d), percent=True, bounds=(0, 1), width=250, named=False) for d in ordered]
-    names = [tag("span", tag("i", class_=f"w {colour}"), f" {name}", class_="key") for name, colour in (("accuracy", "a"), ("grounding: the description is true (dashed)", "d"))]
-    key = tag("p", *names, "Discs: before and after. Rings: on the way, on the pictures kept for that. Bars: 95 % Wilson intervals.", class_="dim note")
+    names = [tag("span", tag("i", class_=f"w {colour}"), f" {name}", class_="key") for _, colour, name in drawn]
+    discs = "Disc: after training only." if run.measured and not run.domains else "Discs: before and after."
+    if run.reported is not None: discs += f" The one of after stands at step {run.reported}, for that policy was measured."
+    key = tag("p", *names, discs, " Rings: on the way, on the pictures kept for that. Bars: 95 % Wilson intervals.", class_="dim note")
     return join([tag("div", *charts, class_="charts four"), key])
 
 # %% ../nbs/16_explore.ipynb #9d572342
 _CURVES = (  # title, how to read it, share?, fixed bounds, ((metric, name, colour), ...)
     ("Reward", "What a sampled completion earns on average (Eq. 6).", False, (0, None), (("reward", "reward", "a"),)),
+    ("Groups that pass the filter", "Share of the groups drawn for a step: kept by the filter; with right answers only; with wrong ones only.", True, (0, 1),
+     (("filter/kept", "kept", "a"), ("filter/all_right", "all right", "d"), ("filter/all_wrong", "all wrong", "b"))),
+    ("Draws a step", "How often a step drew pictures until enough groups passed the filter, the first draw included.", False, (0, None), (("filter/refills", "draws", "c"),)),
     ("Accuracy", "Share of sampled completions with the right answer.", True, (0, 1), (("rewards/accuracy/mean", "accuracy", "a"),)),
     ("Format", "Share of sampled completions in their prompt's form.", True, (0, 1), (("rewards/format/mean", "format", "c"),)),
     ("Reflection", "What the judge pays for: step 1 fits the picture, steps 1 and 2 lead to the label.", True, (0, 1),
@@ -1237,8 +1330,12 @@ _CURVES = (  # title, how to read it, share?, fixed bounds, ((metric, name, colo
 )
 
 # %% ../nbs/16_explore.ipynb #0b188897
+_KNOWN_REWARDS = ("accuracy", "format", "consistency", "coherence", "reflective")
+
+
 def _curve_chart(run: RunReport, title: str, note: str, percent: bool, bounds: tuple, wanted: Sequence[tuple[str, str, str]]) -> Html | None:
-    lines = [Line(label, colour, *run.curve(name), dash=i == 1) for i, (name, label, colour) in enumerate(wanted) if run.curve(name)[0]]
+    found = [(run.curve(name), label, colour, i == 1) for i, (name, label, colour) in enumerate(wanted)]
+    lines = [Line(label, colour, x, y, kind="trend" if len(x) > 1 else "dots", dash=dash) for (x, y), label, colour, dash in found if x]  # a line of one point would not be seen
     return line_chart(title, note, lines, percent, bounds) if lines else None
 
 
@@ -1253,22 +1350,42 @@ def _length_chart(run: RunReport) -> Html | None:
 
 def _clip_chart(run: RunReport) -> Html | None:
     "Only where something was clipped: with one update a step the ratio is 1 throughout."
-    named = [(f"clip_ratio/{side}_mean", f"at the {side} end", colour) for side, colour in (("low", "b"), ("high", "a"))]
+    named = [("clip_ratio/low_mean", "at the low end", "b"), ("clip_ratio/high_mean", "at the high end", "a"), ("cispo_clip_ratio", "weight capped", "c")]
+    named = [spec for spec in named if run.curve(spec[0])[0]]
     if not any(v > 0 for name, _, _ in named for v in run.curve(name)[1]): return None
-    return _curve_chart(run, "Clipped tokens", "Share of tokens that the clip holds back.", True, (0, None), named)
+    capped = all(name == "cispo_clip_ratio" for name, _, _ in named)
+    return _curve_chart(run, "Clipped tokens", "Share of tokens whose weight is capped (CISPO); they go on learning." if capped else "Share of tokens that the clip holds back.", True, (0, None), named)
+
+
+def _loss_chart(run: RunReport) -> Html | None:
+    "Only of supervised answers: the loss of a policy gradient is not what it lowers."
+    return _curve_chart(run, "Loss", "Negative log-probability of the taught answers, nats a token.", False, (0, None), (("loss", "loss", "a"),)) if _supervised(run) else None
+
+
+def _own_rewards(run: RunReport) -> Html | None:
+    "A chart for each reward that Eq. 6 does not know."
+    found = dict.fromkeys(m[1] for row in run.steps for key in row if (m := re.fullmatch("rewards/(.+)/mean", key, re.DOTALL)) and m[1] not in _KNOWN_REWARDS)
+    charts = [_curve_chart(run, _cut(name, 60), "Mean over the sampled completions, without its weight.", False, (None, None), ((f"rewards/{name}/mean", _cut(name, 60), "d"),)) for name in found]
+    return tag("section", tag("h3", "Own rewards"), tag("div", *charts, class_="charts"), class_="own-rewards") if any(charts) else None
 
 
 def training_charts(
     run: RunReport,
 ) -> Html:
     "Returns the charts of every training metric that is on record; or a note that there is none."
-    charts = [chart for chart in (*(_curve_chart(run, *spec) for spec in _CURVES), _length_chart(run), _clip_chart(run)) if chart is not None]
-    return tag("div", *charts, class_="charts") if charts else _lacking("No training step is on record: metrics.jsonl is missing or holds none.")
+    charts = [chart for chart in (_loss_chart(run), *(_curve_chart(run, *spec) for spec in _CURVES), _length_chart(run), _clip_chart(run)) if chart is not None]
+    return join([tag("div", *charts, class_="charts"), _own_rewards(run)]) if charts else _lacking("No training step is on record: metrics.jsonl is missing or holds none.")
 
 # %% ../nbs/16_explore.ipynb #9fb83ec7
-def _sample_html(path: Path, title: str, groups: int = 2) -> Html:
+def _taught(record: Mapping, picture: Path | Html | None) -> Html:
+    "A picture and the answer that was taught: nobody was paid for it."
+    facts = tag("div", tag("p", "annotated ", tag("b", _cut(record["label"]))), tag("p", "taught: ", tag("code", _cut(record["completions"][0]["text"]))), class_="facts")
+    return tag("article", tag("div", _picture(record, picture), facts, class_="side"), class_="group")
+
+
+def _sample_html(path: Path, title: str, groups: int = 2, show: Callable[..., Html] = lambda *given: group_html(*given, longest=600)) -> Html:
     sample = read_sample(path)
-    shown = [group_html(record, _found(path.parent, record), longest=600) for record in sample["groups"][:groups]]
+    shown = [show(record, _found(path.parent, record)) for record in sample["groups"][:groups]]
     return tag("div", tag("h3", f"{title}: step {sample['step']}"), *shown, class_="when")
 
 
@@ -1277,8 +1394,9 @@ def groups_html(
 ) -> Html:
     "Returns groups of completions from the first and the last sample of a run, with their pictures; or a note."
     if not run.samples: return _lacking("No group was written: samples/ is missing or empty (sample_every = 0, or the run was stopped before the first sample).")
-    if len(run.samples) == 1: return join([_sample_html(run.samples[0], "The only sample"), _lacking("There is no second sample to compare with.")])
-    return tag("div", _sample_html(run.samples[0], "Early"), _sample_html(run.samples[-1], "Late"), class_="early-late")
+    how = {"show": _taught} if _supervised(run) else {}
+    if len(run.samples) == 1: return join([_sample_html(run.samples[0], "The only sample", **how), _lacking("There is no second sample to compare with.")])
+    return tag("div", _sample_html(run.samples[0], "Early", **how), _sample_html(run.samples[-1], "Late", **how), class_="early-late")
 
 # %% ../nbs/16_explore.ipynb #d8933ac0
 def _matrix(confusion: Mapping, caption: str) -> Html:
@@ -1302,26 +1420,28 @@ def _worst(confusion: Mapping) -> str:
     return f"{row} answered as {column}, {f'{n} times' if n > 1 else 'once'}"
 
 
-def _by_class(before: Mapping, after: Mapping) -> Html | None:
-    "The accuracy of each emotion, before and after, where it is on record."
-    b, a = before.get("per_class") or {}, after.get("per_class") or {}
-    known = [label for label in b if (b[label] or {}).get("accuracy") is not None and (a.get(label) or {}).get("accuracy") is not None]
-    rows = [tag("tr", tag("th", label, scope="row"), tag("td", _dumbbell(b[label]["accuracy"], a[label]["accuracy"]), class_="wide"),
-                tag("td", f"{100 * b[label]['accuracy']:.0f} → {100 * a[label]['accuracy']:.0f} %", class_="num")) for label in known]
+def _by_class(before: Mapping | None, after: Mapping) -> Html | None:
+    "The accuracy of each emotion, before and after, or after alone, where it is on record."
+    b, a = (before or {}).get("per_class") or {}, after.get("per_class") or {}
+    known = [label for label in a if (a[label] or {}).get("accuracy") is not None and (before is None or (b.get(label) or {}).get("accuracy") is not None)]
+    was = {label: None if before is None else b[label]["accuracy"] for label in known}
+    rows = [tag("tr", tag("th", label, scope="row"), tag("td", _dumbbell(was[label], a[label]["accuracy"]), class_="wide"),
+                tag("td", ("" if before is None else f"{100 * was[label]:.0f} → ") + f"{100 * a[label]['accuracy']:.0f} %", class_="num")) for label in known]
     return tag("table", tag("caption", "accuracy of each emotion"), tag("tbody", *rows), class_="matrix classes") if rows else None
 
 
 def confusion_html(
     run: RunReport,
 ) -> Html:
-    "Returns the confusion matrices before and after by domain; or a note."
+    "Returns the confusion matrices by domain, before and after where both are known; or a note."
     blocks = []
-    for d in run.domains:
-        if not (both := _known(run, d, "confusion")): continue
-        b, a = both
-        said = tag("p", "Most frequent mistake before: ", tag("b", _worst(b)), "; after: ", tag("b", _worst(a)), ".", class_="dim")
-        tables = tag("div", _matrix(b, "before"), _matrix(a, "after"), _by_class(run.summary["before"][d], run.summary["after"][d]), class_="pair")
-        blocks.append(tag("section", tag("h3", _words_of(d)), said, tables, class_="confusion"))
+    for d in run.measured:
+        before, after = (run.summary.get("before") or {}).get(d), run.summary["after"][d]
+        both = [(when, figures["confusion"]) for when, figures in (("before", before), ("after", after)) if figures and figures.get("confusion") is not None]
+        if len(both) < (2 if before else 1): continue
+        told = [part for i, (when, confusion) in enumerate(both) for part in ("; " if i else "", f"{when}: ", tag("b", _worst(confusion)))]
+        tables = tag("div", *(_matrix(confusion, when) for when, confusion in both), _by_class(before, after), class_="pair")
+        blocks.append(tag("section", tag("h3", _words_of(d)), tag("p", "Most frequent mistake ", *told, ".", class_="dim"), tables, class_="confusion"))
     return join(blocks) if blocks else _lacking("No confusion matrix is on record.")
 
 # %% ../nbs/16_explore.ipynb #07e09051
@@ -1389,15 +1509,18 @@ def _tile(name: str, value: str, beside: str, kind: str = "") -> Html:
 
 
 def _accuracy_tiles(run: RunReport) -> list[Html]:
-    before, after = run.summary["before"], run.summary["after"]
-    main, *others = run.domains
-    moved = direction(before[main], after[main], (run.summary.get("comparison") or {}).get(main))
-    kind = {"rose": "good", "fell": "bad", "unclear": ""}[moved]
-    tiles = [_tile(f"accuracy, {_words_of(main)}", _percent(after[main]["accuracy"]), f"was {_percent(before[main]['accuracy'])}", kind)]
-    mean = lambda figures: _percent(sum(figures[d]["accuracy"] for d in others) / len(others))
-    if others: tiles.append(_tile(f"accuracy, {_words_of(others[0])}" if len(others) == 1 else f"accuracy, {len(others)} other domains", mean(after), f"was {mean(before)}" + (", their mean" if len(others) > 1 else "")))
+    before, after = run.summary.get("before") or {}, run.summary["after"]
+    main, *others = run.domains or run.measured
+    compared, (b, a) = bool(run.domains), (before.get(main), after[main])
+    moved = direction(b, a, (run.summary.get("comparison") or {}).get(main)) if compared else "unclear"
+    kind, beside = {"rose": "good", "fell": "bad", "unclear": ""}[moved], f"was {_percent(b['accuracy'])}" if compared else f"95 % interval {_ends(_interval(a))}"
+    tiles = [_tile(f"accuracy, {_words_of(main)}", _percent(a["accuracy"]), beside, kind)]
+    mean, many = lambda figures: _percent(sum(figures[d]["accuracy"] for d in others) / len(others)), len(others) > 1
+    if others: tiles.append(_tile(f"accuracy, {len(others)} other domains" if many else f"accuracy, {_words_of(others[0])}", mean(after),
+                                  (f"was {mean(before)}" + (", their mean" if many else "")) if compared else "their mean" if many else "after training"))
     for name, text in (("grounding", "description true"), ("format", "form kept")):
-        if both := _known(run, main, name): tiles.append(_tile(f"{text}, {_words_of(main)}", _percent(both[1]), f"was {_percent(both[0])}"))
+        if compared and (both := _known(run, main, name)): tiles.append(_tile(f"{text}, {_words_of(main)}", _percent(both[1]), f"was {_percent(both[0])}"))
+        if not compared and a.get(name) is not None: tiles.append(_tile(f"{text}, {_words_of(main)}", _percent(a[name]), "after training"))
     return tiles
 
 
@@ -1405,7 +1528,8 @@ def tiles_html(
     run: RunReport,
 ) -> Html:
     "Returns the run's key figures, as many as are known."
-    tiles = _accuracy_tiles(run) if run.domains else []
+    tiles = _accuracy_tiles(run) if run.measured else []
+    if not tiles and _supervised(run) and (loss := run.ends("loss")): tiles.append(_tile("loss at the end, nats a token", f"{loss[1]:.2f}", f"was {loss[0]:.2f}"))
     if not tiles and (reward := run.ends("reward")): tiles.append(_tile("mean reward at the end", f"{reward[1]:.2f}", f"was {reward[0]:.2f}"))
     seconds = (run.summary or {}).get("wall_s") or sum(run.curve("step_time")[1])
     if seconds: tiles.append(_tile("time", _time(seconds), _count(len(run.steps), "step")))
@@ -1427,15 +1551,22 @@ def _set_aside_line(run: RunReport) -> str | None:
     return f"{_count(n, 'picture')} or row{'' if n == 1 else 's'} set aside" + (f"{', the first' if n > len(reasons) else ''}: {'; '.join(reasons)}" if reasons else "") + "."
 
 
+def _early_line(run: RunReport) -> str | None:
+    if not (early := _early(run)): return None
+    e = run.ended
+    shares = f" ({_percent(e['all_right'])} were all right, {_percent(e['all_wrong'])} all wrong), fewer than a step needs" if e["why"] == "depleted" else ""
+    return f"{early[:1].upper()}{early[1:]}{shares}."
+
+
 def health_html(
     run: RunReport,
 ) -> Html | None:  # None: nothing to tell
-    "Returns what went wrong on the way: skipped updates, and pictures or rows that were set aside."
-    told = [line for line in (_skipped_line(run), _set_aside_line(run)) if line]
+    "Returns what went wrong on the way: an early end, skipped updates, and pictures or rows that were set aside."
+    told = [line for line in (_early_line(run), _skipped_line(run), _set_aside_line(run)) if line]
     return tag("div", *(tag("p", "! ", line, class_="half") for line in told), class_="health small") if told else None
 
 # %% ../nbs/16_explore.ipynb #cb6bc229
-_SECTIONS = (  # anchor, title, how to read it, what makes it
+_SECTIONS = (  # anchor, title, how to read it, what makes it; `_sections` has the words for runs that differ
     ("before-after", "Before and after", "", before_after_html),
     ("evaluation", "Through training", "", evaluation_charts),
     ("training", "Step by step", "What training saw of its own sampled completions. Hair lines: every step. Strong lines: the moving average over a tenth of "
@@ -1448,6 +1579,16 @@ _SECTIONS = (  # anchor, title, how to read it, what makes it
     ("configuration", "Configuration", "Defaults are those of the full-scale run. What this run sets otherwise is bold.", config_html))
 
 # %% ../nbs/16_explore.ipynb #bcf61012
+def _sections(run: RunReport) -> list[tuple[str, str, str, Callable[[RunReport], Html]]]:
+    "The sections in this run's words."
+    other = {}
+    if run.measured and not run.domains: other["before-after"] = ("After training", "Measured after training only: there is nothing to compare with.")
+    if _supervised(run):
+        other["training"] = ("Step by step", "How the taught answers were learned. Hair lines: every step. Strong lines: the moving average over a tenth of the run.")
+        other["groups"] = ("Early and late", "The first pictures of the first and of the last sample on record, with the answers that were taught. None of them was sampled from the policy.")
+    return [(key, *other.get(key, (title, lead)), make) for key, title, lead, make in _SECTIONS]
+
+# %% ../nbs/16_explore.ipynb #b3523bc8
 _SAFE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"  # nothing from outside, no script at all
 
 
@@ -1457,8 +1598,9 @@ def _head(title: str) -> Html:
 
 
 def _top(run: RunReport, title: str) -> Html:
-    c, named = run.config, {"policy": "policy ", "data": "data ", "num_generations": "G = ", "preset": "preset ", "judge": "judge "}
-    facts = [f"{text}{_cut(_written(c[name]))}" for name, text in named.items() if name in c and (name != "judge" or c.get("method") == "emo_r3")]
+    c, named = run.config, {"policy": "policy ", "data": "data ", "num_generations": "G = ", "filter_key": "groups filtered by ", "preset": "preset ", "judge": "judge "}
+    idle = {"judge": c.get("method") != "emo_r3", "filter_key": c.get("filter_key") == "none", "num_generations": _supervised(run), "preset": _supervised(run)}  # what has no part in this run
+    facts = [f"{text}{_cut(_written(c[name]))}" for name, text in named.items() if name in c and not idle.get(name)]
     return tag("header", tag("p", "Run report", class_="dim small"), tag("h1", title), tag("p", " · ".join(facts), class_="dim"), health_html(run), verdict_html(run), tiles_html(run))
 
 
@@ -1472,8 +1614,9 @@ def report_page(
     "Returns the whole page: one file that needs nothing else."
     c, name = run.config, (run.summary or {}).get("recipe") or run.folder.resolve().name
     title = " · ".join(_cut(part) for part in (_METHODS.get(c.get("method"), c.get("method")), name, f"seed {_written(c['seed'])}" if "seed" in c else None) if part)
-    nav = tag("nav", *(tag("a", text, href=f"#{key}") for key, text, _, _ in _SECTIONS), aria_label="sections")
+    sections = _sections(run)
+    nav = tag("nav", *(tag("a", text, href=f"#{key}") for key, text, _, _ in sections), aria_label="sections")
     made = tag("footer", "Made from config.yaml, metrics.jsonl, summary.json, quarantine.jsonl and samples/ of this run's folder; ", tag("code", "emo-r3 report RUN"),
                " makes it again.", class_="dim small")
-    body = tag("body", _top(run, title), nav, tag("main", *(_section(run, *section) for section in _SECTIONS)), made, class_="emo page")
+    body = tag("body", _top(run, title), nav, tag("main", *(_section(run, *section) for section in sections)), made, class_="emo page")
     return "<!DOCTYPE html>\n" + tag("html", _head(title), body, lang="en")

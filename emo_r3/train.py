@@ -47,7 +47,7 @@ from .published import DATA_FORMATS, format_labels
 from .loss import LOSS_TYPES, grpo_loss, loss_normalizer, sampler_correction, token_weights
 from .parsing import SETCompletion, description, read_completion
 from .groups import Cost, PictureFeatures, Shape, checkpointed, cut_groups, group_logps
-from .policy import VLProcessor, as_reference, completion_logps, encode_prompts, has_adapter, reference, save_policy, sync, unwrapped
+from .policy import VLProcessor, as_reference, check_trainable, completion_logps, encode_prompts, has_adapter, reference, save_policy, sync, unwrapped
 from .ranks import Ranks
 from .prompts import METHODS, Messages, PromptTemplates, method_messages
 from .reflection import Judge, ReflectionVerdict, judge_accuracy, reflect
@@ -1104,6 +1104,7 @@ def train(config: TrainConfig, # every choice
           ranks: Ranks | None = None, # the processes that train together; None: as torchrun says, or this one alone
          ) -> dict: # what summary.json holds
     "Trains a policy and writes the run's folder; raises ValueError or OSError before it starts if it cannot, Stopped when a signal ended it."
+    check_trainable(policy)
     if (steps := number_of_steps(config, len(examples))) < 1: raise ValueError(f"train_size: {len(examples)} pictures were found; allowed: prompts_per_step = {config.prompts_per_step} or more")
     if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     ranks = ranks or Ranks(config.rank_timeout_s)
