@@ -178,7 +178,7 @@ def experiment_cells(
 METHOD_OPTIONS = {
     "sft": {"method": "sft", "num_generations": "1", "beta": "0"},
     "grpo": {"method": "grpo"},
-    "dapo": {"method": "grpo", "filter_key": "overall", "epsilon_low": "0.2", "epsilon_high": "0.28", "beta": "0", "delta": "null"},
+    "dapo": {"method": "grpo", "filter_key": "overall", "epsilon_low": "0.2", "epsilon_high": "0.28", "beta": "0"},
     "set": {"method": "set"},
     "emo_r3": {"method": "emo_r3"},
     "emo_r3_reference": {"method": "emo_r3", "judge": "reference"},

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import test_methods
 import torch
 import yaml
 from hypothesis import given, strategies as st
@@ -557,8 +558,11 @@ def short(tmp_path_factory):
     for when in ("before", "after"): summary[when]["in_domain"]["per_class"] = {"awe": summary[when]["in_domain"]["per_class"]["awe"]}
     rows = [{k: v for k, v in json.loads(line).items() if not k.startswith("eval/") or k.startswith("eval/in_domain")} for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows[1] |= {"skipped_updates": 1.0, "data/quarantined": 2, "eval/in_domain/accuracy": 0.5, "eval/in_domain/grounding": 0.5, "eval/in_domain/n": 8}
+    rows[1] |= {"filter/kept": 0.5, "filter/all_right": 0.25, "filter/all_wrong": 0.25, "filter/refills": 2, "rewards/brevity/mean": 0.4, "cispo_clip_ratio": 0.1}
+    summary |= {"ended": {"why": "depleted", "step": 1, "kept": 0.1, "all_right": 0.8, "all_wrong": 0.1, "refills": 20}, "reported": {"checkpoint": "step_000001", "validation_accuracy": 0.5}}
+    rows[2] = {"step": 2, "filter/kept": 0.1, "filter/all_right": 0.8, "filter/all_wrong": 0.1, "filter/refills": 20, "eval/in_domain/accuracy": 0.5, "eval/in_domain/n": 8}
     config = {"method": "emo_r3", "seed": 1, "policy": "embedded", "preset": "paper", "templates": {"set": "x"}, "adam_betas": [0.9, 0.99], "num_generations": 2, "judge": "policy"}
-    files = {"samples/step_00002.json": (sample, json.dumps), "summary.json": (summary, json.dumps), "metrics.jsonl": (rows[:2] + rows[-1:], lines),
+    files = {"samples/step_00002.json": (sample, json.dumps), "summary.json": (summary, json.dumps), "metrics.jsonl": (rows[:3] + rows[-1:], lines),
              "quarantine.jsonl": ([{"where": "a", "id": "b", "reason": "c"}], lines), "config.yaml": (config, yaml.safe_dump)}
     for name, (found, dump) in files.items(): (run / name).write_text(dump(found))
     return run, files
@@ -604,7 +608,8 @@ def test_every_damaged_field_is_refused_by_name_or_does_no_harm(short, name):
 
 USED = {"samples/step_00002.json": [("step",), ("groups",), ("groups", 0, "label"), ("groups", 0, "completions"), *(("groups", 0, "completions", 0, name) for name in ("text", "steps", "well_formed", "why", "rewards", "advantage", "length")),
                                     *(("groups", 0, "completions", 0, "rewards", name) for name in ("overall", "accuracy", "format", "consistency", "coherence", "reflective"))],
-        "summary.json": [(when, "in_domain", name) for when in ("before", "after") for name in ("n", "accuracy")] + [("comparison", "in_domain", name) for name in ("n", "gained", "lost", "p_value")]}
+        "summary.json": [(when, "in_domain", name) for when in ("before", "after") for name in ("n", "accuracy")] + [("comparison", "in_domain", name) for name in ("n", "gained", "lost", "p_value")]
+        + [("ended", name) for name in ("why", "step", "kept", "all_right", "all_wrong", "refills")] + [("reported", name) for name in ("checkpoint", "validation_accuracy")]}
 
 
 @pytest.mark.parametrize("name", list(USED))
@@ -878,9 +883,183 @@ def test_a_report_is_written_whole_or_not_at_all(run, tmp_path, monkeypatch):
     assert target.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["page.html"]
 
 
-def test_every_curve_and_phase_is_a_metric_that_training_writes(run):
-    known = {key for line in (run / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
+def test_every_curve_and_phase_is_a_metric_that_training_writes(run, depleted):
+    known = {key for folder in (run, depleted) for line in (folder / "metrics.jsonl").read_text().splitlines() for key in json.loads(line)}
     assert {name for *_, lines in explore._CURVES for name, _, _ in lines} | set(explore._PHASES) <= known
+
+
+# ---- runs that filter, teach, choose, or were measured once ------------------------------------------------------------------
+
+def text_of(run): return Page(run.html()).check().text
+
+
+def charts_of(html): return dict(re.findall(r'<figure class="chart"><figcaption class="cap"><b>(.*?)</b>.*?aria-label="(.*?)"', html))
+
+
+def rewritten(folder, config=None, summary=None, rows=None):
+    "A run's folder with other fields in its configuration and summary, and other lines of metrics."
+    (folder / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | (config or {})))
+    if summary is not None: (folder / "summary.json").write_text(json.dumps(json.loads((folder / "summary.json").read_text()) | summary))
+    if rows is not None: (folder / "metrics.jsonl").write_text(lines(rows))
+    return folder
+
+
+def rows_of(folder): return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def depleted(tmp_path_factory):
+    "A real run whose groups pass the filter for two steps, and never again; every step is evaluated, and the best policy reported."
+    folder, real = tmp_path_factory.mktemp("depleted") / "run", test_methods.loop.group_means
+    def means(experience, key):
+        trained = sum('"reward"' in line for line in (folder / "metrics.jsonl").read_text().splitlines()) >= 2
+        return torch.full((len(experience.examples),), 1.0 if trained else 0.5, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_methods.loop, "group_means", means)
+        test_methods.go(replace(test_methods.DAPO, max_refills=3, report="best", eval_every=1), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    "A real run of supervised answers, two steps."
+    folder = tmp_path_factory.mktemp("taught") / "run"
+    test_methods.go(replace(test_methods.SFT, max_steps=2), folder)
+    return folder
+
+
+def test_a_depleted_run_says_so_and_its_dots_stand_where_the_policy_was(depleted):
+    report, summary = RunReport(depleted), json.loads((depleted / "summary.json").read_text())
+    html, text, accuracy = report.html(), text_of(report), f"{100 * summary['reported']['validation_accuracy']:.1f}\u00a0%"
+    step = int(summary["reported"]["checkpoint"][-6:])
+    assert "Plain GRPO trained for 2 steps in" in text and "and ended early after step 2: only 0.0\u00a0% of the groups drawn passed the filter in 3 draws. " in text
+    assert "! Ended early after step 2: only 0.0\u00a0% of the groups drawn passed the filter in 3 draws (100.0\u00a0% were all right, 0.0\u00a0% all wrong), fewer than a step needs." in text
+    assert f"Measured and saved at the end is the policy after step {step}, best of 3 on validation pictures ({accuracy} there). " in text and "groups filtered by accuracy" in text
+    assert [row["step"] for row in report.rows] == [0, 1, 2, 3, 4]  # before, two steps, the draws in vain, after
+    assert [[row["step"] for row in rows] for rows in (report.steps, report.drawn, report.evaluations)] == [[1, 2], [3], [0, 4]]
+    assert report.curve("eval/here/accuracy")[0] == [0, 1, 2, 2, step] and report.curve("filter/kept") == ([1, 2, 3], [1.0, 1.0, 0.0])
+    ends, dots = explore._evaluated(report, "here", "accuracy", "a")
+    assert (ends.kind, ends.x, dots.kind, dots.x) == ("ends", [0, step], "dots", [1, 2, 2])
+    charts = charts_of(html)
+    assert charts["Groups that pass the filter"].startswith("Groups that pass the filter. kept 100 → 0 %; all right ") and charts["Draws a step"] == "Draws a step. draws 1.00 → 3.00"
+
+
+def test_a_run_depleted_before_its_first_step(tmp_path):
+    folder = make_run(tmp_path / "run", steps=1, G=2, samples=())
+    before, _, after = rows_of(folder)
+    figures = {"kept": 0.25, "all_right": 0.5, "all_wrong": 0.125, "refills": 1}
+    drawn = {"step": 1, **{f"filter/{name}": value for name, value in figures.items()}, "eval/in_domain/accuracy": 0.5, "eval/in_domain/n": 16}
+    ended = {"why": "depleted", "step": 0, **figures}
+    rewritten(folder, {"method": "grpo", "filter_key": "accuracy"}, {"steps": 0, "ended": ended, "reported": {"checkpoint": "step_000000", "validation_accuracy": 0.5}}, [before, drawn, after])
+    report = RunReport(folder)
+    text, charts = text_of(report), charts_of(report.html())
+    assert "trained for 0 steps" in text and "ended early after step 0: only 25.0\u00a0% of the groups drawn passed the filter in 1 draw. Measured and saved at the end is the policy before its first step, best of 1 " in text
+    assert report.curve("eval/in_domain/accuracy")[0] == [0, 0, 0] and report.curve("filter/refills") == ([1], [1.0])
+    assert charts["Groups that pass the filter"] == "Groups that pass the filter. kept 25 %; all right 50 %; all wrong 12 %"
+    assert report.html().count('<circle cx="40.0"') >= 4 + 4  # a line of one point is drawn as a dot: three shares and the draws; and the evaluations
+    rewritten(folder, summary={"ended": {"why": "<i>a flood</i>", "step": 0}})
+    assert "ended early after step 0 (<i>a flood</i>). " in text_of(RunReport(folder)) and "! Ended early after step 0 (<i>a flood</i>)." in text_of(RunReport(folder))
+
+
+def test_a_filter_that_passes_little_is_to_be_watched(tmp_path):
+    folder = make_run(tmp_path / "run", steps=20, samples=())
+    rows = [row | ({"filter/kept": 0.9 - 0.03 * row["step"]} if "reward" in row else {}) for row in rows_of(folder)]
+    assert "at the end only 31.5\u00a0% of the groups drawn passed the filter" in text_of(RunReport(rewritten(folder, rows=rows)))  # (0.33 + 0.30) / 2
+    assert "ended early" not in text_of(RunReport(folder)) and "Measured and saved" not in text_of(RunReport(folder))
+
+
+@pytest.mark.parametrize("field, value, said", [
+    ("ended", 3, r"summary.json: ended: got 3; allowed: an object or null"), ("ended", {"why": "depleted", "step": 3}, "ended.kept is missing; allowed: a number from 0 to 1"), ("ended", {"step": 3}, "ended.why is missing"),
+    ("ended", {"why": "depleted", "step": 3, "kept": 1.5, "all_right": 0, "all_wrong": 0, "refills": 1}, "ended.kept: got 1.5; allowed: a number from 0 to 1"),
+    ("reported", {"checkpoint": "../../x", "validation_accuracy": 0.5}, "reported.checkpoint: got '../../x'; allowed: a checkpoint's name, such as step_000050"),
+    ("reported", {"checkpoint": "step_000001"}, "reported.validation_accuracy is missing; allowed: a number from 0 to 1")])
+def test_a_broken_end_of_a_run_is_named(tmp_path, field, value, said):
+    folder = rewritten(make_run(tmp_path / "run", steps=2, G=2, samples=()), summary={field: value})
+    with pytest.raises(ValueError, match=said): RunReport(folder)
+
+
+def test_what_was_measured_after_training_only_is_shown_as_that(tmp_path):
+    folder = make_run(tmp_path / "run", steps=12, samples=())
+    rewritten(folder, summary={"before": {}, "comparison": {}}, rows=rows_of(folder)[1:])
+    report, after = RunReport(folder), json.loads((folder / "summary.json").read_text())["after"]
+    html, text, percent = report.html(), text_of(report), lambda v: f"{100 * v:.1f}\u00a0%"
+    a, (low, high) = after["in_domain"], after["in_domain"]["ci95"]
+    assert report.domains == [] and report.measured[0] == "in_domain" and set(report.measured) == set(after)
+    assert f"It was measured after training only, so what the training changed cannot be said. Accuracy in domain is {percent(a['accuracy'])} (95 % interval {100 * low:.0f} to {100 * high:.0f}, 128 pictures, guessing 12.5\u00a0%). " in text
+    assert f"Of the answers in domain, {percent(a['grounding'])} describe only what is in the picture; {percent(a['format'])} keep the form. " in text and f"style {percent(after['style']['accuracy'])}" in text
+    assert "<h2>After training</h2>" in html and '<a href="#before-after">After training</a>' in html and "Before and after" not in html and "not evaluated before and after" not in text and "No confusion" not in text
+    assert html.count("<caption>after</caption>") == len(after) and "<caption>before</caption>" not in html and "McNemar" not in html and "pt before" not in html and "ci before" not in html
+    for figures in after.values():
+        for name in ("grounding", "format", "unparsed"): assert f"<td class=\"num\">{100 * figures[name]:.1f}</td>" in html
+    assert f"95 % interval {100 * low:.0f} to {100 * high:.0f}</p>" in html and "Disc: after training only. " in text and "was " not in re.findall('<div class="tiles">.*?<nav', html, re.DOTALL)[0]
+    assert report.curve("eval/faces/accuracy")[0] == [12]
+
+
+def test_a_domain_without_a_before_stands_beside_those_that_have_one(tmp_path):
+    folder = make_run(tmp_path / "run", steps=4, samples=())
+    summary = json.loads((folder / "summary.json").read_text())
+    rewritten(folder, summary={"before": {"in_domain": summary["before"]["in_domain"]}, "comparison": {"in_domain": summary["comparison"]["in_domain"]}})
+    report = RunReport(folder)
+    html = report.html()
+    assert report.domains == ["in_domain"] and len(report.measured) == 4 and "Accuracy <b>in domain</b>" in html and "<h2>Before and after</h2>" in html
+    style = re.findall(r'<th scope="row">style<div class="dim small">128 pictures</div></th>(.*?)</tr>', html)[0]
+    assert [re.sub("<.*?>", "", cell) for cell in re.findall('<td class="num">(.*?)</td>', style)][::2][:2] == ["–", "–"] and html.count("<caption>after</caption>") == 4 and html.count("<caption>before</caption>") == 1
+
+
+def test_the_domain_that_was_trained_on_comes_first(tmp_path):
+    folder = make_run(tmp_path / "run", steps=2, samples=())
+    assert RunReport(folder).domains[0] == "in_domain" and RunReport(rewritten(folder, {"data": "scenes:faces"})).domains[0] == "faces"
+
+
+def test_the_chosen_checkpoint_is_named_and_its_disc_stands_at_its_step(tmp_path):
+    folder = rewritten(make_run(tmp_path / "run", steps=100, samples=()), {"report": "best"}, {"reported": {"checkpoint": "step_000050", "validation_accuracy": 0.8125}})
+    report = RunReport(folder)
+    text = text_of(report)
+    assert text.count("the policy after step 50, best of 3 on validation pictures (81.2\u00a0% there)") == 2  # the opening, and below the table
+    assert report.curve("eval/faces/accuracy")[0] == [0, 50] and report.curve("eval/in_domain/accuracy")[0] == [0, 25, 50, 75, 50] and report.curve("kl")[0][-1] == 100
+    assert "The one of after stands at step 50, for that policy was measured." in text
+
+
+def test_supervised_answers_are_no_rewards(taught, tmp_path):
+    report = RunReport(taught)
+    html, text, rows = report.html(), text_of(report), rows_of(taught)
+    assert "<title>SFT (supervised answers) · " in html and "SFT (supervised answers) trained for 2 steps in" in text and "2 steps took" in text and "0 steps" not in text
+    first, last = (row["loss"] for row in rows[1:3])
+    assert list(charts_of(html))[1] == "Loss" and charts_of(html)["Loss"] == f"Loss. loss {first:.2f} → {last:.2f}" and "taught answers, nats a token" in text and "Reward" not in charts_of(html)
+    told = html[html.index("<body"):html.index('id="configuration"')]
+    assert len(told) > 5000 and "reward" not in told.lower() and "G = 1" not in text and "taught: \\boxed{" in text and "the answers that were taught" in text
+    folder = shutil.copytree(taught, tmp_path / "run")
+    rewritten(folder, summary={"after": {}, "before": {}})
+    assert f"The loss on the taught answers went from {first:.2f} to {last:.2f} nats a token. " in text_of(RunReport(folder)) and "loss at the end, nats a token" in text_of(RunReport(folder))
+    (folder / "summary.json").unlink()
+    assert "The last step on record is 2." in text_of(RunReport(folder))
+
+
+def test_a_taught_answer_describes_nothing_that_could_be_true(tmp_path):
+    folder = rewritten(make_run(tmp_path / "run", steps=4, samples=()), {"method": "sft"})
+    report = RunReport(folder)
+    assert all(figures["grounding"] is None for when in ("before", "after") for figures in report.summary[when].values())
+    assert "grounding, %" not in text_of(report) and "description true" not in text_of(report) and "describe only" not in text_of(report) and "keep the form" in text_of(report) and "the description is true" not in text_of(report)
+    assert report.summary["after"]["style"]["accuracy"] == json.loads((folder / "summary.json").read_text())["after"]["style"]["accuracy"]
+
+
+def test_capped_weights_are_charted_as_clipped_tokens(tmp_path):
+    folder = make_run(tmp_path / "run", steps=4, samples=())
+    plain = [{k: v for k, v in row.items() if not k.startswith("clip_ratio")} for row in rows_of(folder)]
+    chart = lambda capped: charts_of(RunReport(rewritten(folder, rows=[row | ({"cispo_clip_ratio": capped * row["step"]} if "reward" in row else {}) for row in plain])).html())
+    assert chart(0.01)["Clipped tokens"] == "Clipped tokens. weight capped 1 → 4 %" and "Clipped tokens" not in chart(0.0)
+    assert "Share of tokens whose weight is capped (CISPO)" in RunReport(rewritten(folder, rows=[row | {"cispo_clip_ratio": 0.01} if "reward" in row else row for row in plain])).html()
+
+
+def test_own_rewards_have_a_chart_each(run, tmp_path):
+    assert "Own rewards" not in RunReport(run).html()
+    folder = make_run(tmp_path / "run", steps=4, samples=())
+    own = {"brevity": 2.0, "<b>calm</b>": -0.5, "a/mean": 1.0}
+    rows = [row | ({f"rewards/{name}/mean": value * row["step"] for name, value in own.items()} | {"rewards/brevity/std": 9.0} if "reward" in row else {}) for row in rows_of(folder)]
+    html = RunReport(rewritten(folder, rows=rows)).html()
+    part, text = html[html.index("<h3>Own rewards</h3>"):html.index('id="groups"')], Page(html).check().text
+    assert list(charts_of(part)) == ["brevity", "&lt;b&gt;calm&lt;/b&gt;", "a/mean"] and charts_of(part)["brevity"] == "brevity. brevity 2.00 → 8.00" and "<b>calm</b>-0.50 → -2.00" in text
+    assert html.index("<h3>Own rewards</h3>") > html.index("<b>Length</b>")
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------------
