@@ -77,7 +77,7 @@ def test_methods_keep_and_add_rows():
 
 EXPECTED = {  # what each method is, field by field
     "sft": {"method": "sft", "num_generations": 1, "beta": 0.0, "filter_key": "none"}, "grpo": {"method": "grpo", "filter_key": "none", "delta": 3.0, "epsilon_high": 0.3}, "set": {"method": "set"},
-    "dapo": {"method": "grpo", "filter_key": "overall", "epsilon_low": 0.2, "epsilon_high": 0.28, "beta": 0.0, "delta": None, "average": "token", "max_refills": 20},
+    "dapo": {"method": "grpo", "filter_key": "overall", "epsilon_low": 0.2, "epsilon_high": 0.28, "beta": 0.0, "delta": 3.0, "average": "token", "max_refills": 20},
     "emo_r3": {"method": "emo_r3", "judge": "policy"}, "emo_r3_reference": {"method": "emo_r3", "judge": "reference"}, "cold_start": {"method": "emo_r3"}}
 
 
