@@ -345,7 +345,7 @@ class Trl:
 # -- records ------------------------------------------------------------------------------------------------------------------------------------------
 def machine() -> dict:
     "What the figures were measured on."
-    from three_methods import machine as described
+    from emo_r3.experiments import machine as described
     import importlib.metadata as installed
     return described() | {"threads": torch.get_num_threads(), "trl": installed.version("trl"), "platform": platform.system(), "load_1min": round(os.getloadavg()[0], 2)}
 

@@ -21,7 +21,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from three_methods import HERE, KEEP, machine
+from emo_r3.experiments import machine
+from three_methods import HERE, KEEP
 
 PATHS = {"fast": [], "plain": ["--shared-prefix", "false"]}
 NAMES = ("reward", "rewards/accuracy/mean", "grounding", "kl", "completions/mean_length", "step_time", "timing_s/rollout", "timing_s/reflect", "timing_s/logps", "timing_s/update")

@@ -7,31 +7,20 @@ Every run is `emo-r3 train scenes_cpu --method ... --judge ... --seed ...`, one 
 into benchmarks/results/three_methods.json, which the page nbs/tutorials/three_methods.ipynb and the README read.
 """
 import argparse
-import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from emo_r3.experiments import machine
 
 HERE = Path(__file__).parent
 CELLS = {"emo_r3": ["--method", "emo_r3"], "set": ["--method", "set"], "emo_r3, reference judges": ["--method", "emo_r3", "--judge", "reference"], "grpo": ["--method", "grpo"]}
 KEEP = ("accuracy", "n", "ci95", "unparsed", "format", "grounding", "coverage", "macro_f1", "consistent", "faithfulness", "judge_accuracy")
 CURVES = ("reward", "rewards/accuracy/mean", "rewards/format/mean", "rewards/consistency/mean", "rewards/coherence/mean", "grounding", "judge/consistency_accuracy",
           "frac_reward_zero_std", "entropy", "kl", "completions/mean_length", "step_time", "timing_s/rollout", "timing_s/reflect", "timing_s/logps", "timing_s/update")
-
-
-def machine() -> dict:
-    "What the figures were measured on."
-    import torch, transformers
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    git = lambda *words: subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True).stdout.strip()
-    weights = HERE.parent / "emo_r3" / "embedded" / "policy" / "model.safetensors"
-    return {"commit": git("rev-parse", "--short", "HEAD"), "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")), "policy_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
-            "cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "gpu": None}
 
 
 def run(folder: Path, options: list[str], seed: int, more: list[str]) -> None:
