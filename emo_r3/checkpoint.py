@@ -6,7 +6,7 @@
 __all__ = ['MANIFEST', 'LIBRARIES', 'DamagedCheckpoint', 'checkpoint_name', 'file_sha256', 'write_manifest', 'new_checkpoint',
            'read_json', 'read_tensors', 'check_checkpoint', 'checkpoints', 'latest_checkpoint', 'prune_checkpoints',
            'random_states', 'set_random_states', 'weights_sha256', 'load_weights', 'optimizer_tensors',
-           'load_optimizer', 'library_versions', 'differences', 'only_one', 'Stopped', 'StopSignals']
+           'load_optimizer', 'library_versions', 'source_commit', 'differences', 'only_one', 'Stopped', 'StopSignals']
 
 # %% ../nbs/11_checkpoint.ipynb #d6af46da
 import hashlib
@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -210,6 +211,16 @@ def library_versions() -> dict[str, str]:
     "Returns what the last bits of a result depend on: the versions of Python and the libraries, the device, and how many threads share a sum."
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"python": ".".join(map(str, sys.version_info[:3])), "emo_r3": emo_r3.__version__, **{name: version(name) for name in LIBRARIES}, "cuda": torch.version.cuda, "device": device, "threads": torch.get_num_threads()}
+
+
+def source_commit() -> str | None:
+    "Returns the commit of the code that runs, with + behind it where files of the package were changed since; None where the package is not a git checkout."
+    def git(*words: str) -> str | None:
+        try: done = subprocess.run(["git", "-C", str(Path(emo_r3.__file__).parent), *words], capture_output=True, text=True)
+        except FileNotFoundError: return None
+        return done.stdout.strip() if done.returncode == 0 else None
+    if git("ls-files", "--error-unmatch", "__init__.py") is None: return None  # installed, perhaps inside a checkout of something else
+    return f"{git('rev-parse', '--short', 'HEAD')}{'+' if git('status', '--porcelain', '--untracked-files=no', '.') else ''}"
 
 
 def differences(old: Mapping, # names and values

@@ -79,6 +79,8 @@ def test_supervised_answers_are_learned_and_nothing_is_sampled(examples, tmp_pat
 @pytest.mark.parametrize("values, says", [
     (dict(method="sft"), "num_generations = 8; allowed with method = 'sft': 1"), (dict(method="sft", num_generations=1), "beta = 0.01; allowed with method = 'sft': 0"),
     (dict(method="sft", num_generations=1, beta=0, filter_key="overall"), "filter_key = 'overall'"), (dict(method="sft", num_generations=1, beta=0, advantage="gdpo"), "advantage = 'gdpo'"), (dict(num_generations=1), "num_generations = 1; allowed: a whole number, 2 or more"),
+    (dict(method="sft", num_generations=1, beta=0, temperature=0.5), "temperature = 0.5; allowed with method = 'sft': 1"), (dict(method="sft", num_generations=1, beta=0, tis_cap=2.0), "tis_cap = 2.0; allowed with method = 'sft': null"),
+    (dict(loss_type="grpo", average="constant"), "average = 'constant' beside loss_type = 'grpo'"), (dict(loss_type="dapo", clip="cispo"), "clip = 'cispo' beside loss_type"), (dict(data_seed=-1), "data_seed = -1"),
     (dict(filter_low=1.0), "filter_low = 1.0; allowed: less than filter_high = 0.99"), (dict(filter_high="1"), "filter_high = '1'"), (dict(max_refills=0), "max_refills = 0"), (dict(tis_cap=0), "tis_cap = 0"), (dict(loss_type="grop"), "did you mean 'grpo'"),
     (dict(report="best", eval_every=0), "report = 'best'"), (dict(report="best", save_every=0), "report = 'best'"), (dict(data_format="emosett"), "did you mean 'emoset'"), (dict(advantage="z"), "allowed: group, mean, gdpo"), (dict(filter_key="acc"), "allowed: none, overall, accuracy"),
     (dict(eval_sets=["x"]), "eval_sets = "), (dict(evaluate_before="no"), "evaluate_before = 'no'"), (dict(clip="tis"), "allowed: ppo, cispo")])
@@ -112,7 +114,7 @@ def test_which_groups_pass(examples, monkeypatch, key, kept):
     monkeypatch.setattr(loop, "collect", lambda trainer, examples, seed, timing: made)
     found, deals, figures = loop.collect_live(trainer, examples[:len(kept)], 0, {}, None)
     assert [x.id for x in found.examples] == [examples[i].id for i in kept] and deals == 1
-    assert figures == {"filter/kept": len(kept) / 4, "filter/all_right": 0.25, "filter/all_wrong": 0.25, "filter/refills": 1}
+    assert figures == pytest.approx({"filter/kept": len(kept) / 4, "filter/all_right": 0.25, "filter/all_wrong": 0.25, "filter/accuracy": 0.5, "filter/reward": (1.0 + 0.1 + 0.325 + 0.775) / 4, "filter/refills": 1})
     assert group_means(made, "overall").tolist() == pytest.approx([1.0, 0.1, 0.325, 0.775])
 
 
@@ -150,7 +152,7 @@ def test_a_depleted_run_ends_in_good_order(tmp_path, capsys, monkeypatch):
     def loop_steps(folder): return (folder / "run" / "metrics.jsonl").read_text().splitlines() if (folder / "run" / "metrics.jsonl").exists() else []  # the evaluation before counts as one
     monkeypatch.setattr(loop, "group_means", sure)
     summary = go(replace(DAPO, max_refills=3, report="best", eval_every=1), tmp_path / "run")
-    assert summary["steps"] == 2 and summary["ended"] == {"why": "depleted", "step": 2, "kept": 0.0, "all_right": 1.0, "all_wrong": 0.0, "refills": 3}
+    assert summary["steps"] == 2 and summary["ended"] | {"accuracy": 0, "reward": 0} == {"why": "depleted", "step": 2, "kept": 0.0, "all_right": 1.0, "all_wrong": 0.0, "refills": 3, "accuracy": 0, "reward": 0}
     assert "the run ends after step 2, for only 0 of 12 groups passed the filter (0.01 < mean accuracy < 0.99) in 3 draws, of 4 that a step needs; 100% were all right, 0% all wrong" in capsys.readouterr().err
     lines = [json.loads(line) for line in loop_steps(tmp_path)]
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and lines[3]["filter/kept"] == 0.0 and lines[2]["filter/refills"] == 1 and "eval/here/accuracy" in lines[4]
@@ -240,6 +242,19 @@ def test_a_gdpo_step_is_normalised_over_its_batch(examples):
     trainer = Trainer(replace(ALONE, advantage="gdpo"), load_policy(), processor())
     made = begin_step(trainer, examples[:4], 3).experience.advantages
     assert made.mean().abs() < 1e-6 and made.std(correction=0) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mean", "gdpo"])
+def test_a_group_without_variance_has_exactly_no_advantage(examples, monkeypatch, name):
+    "Third-parts whose mean is not exactly themselves, beside groups that differ."
+    G = 3
+    trainer = Trainer(replace(ALONE, method="grpo", advantage=name, num_generations=G, beta=0.0), load_policy(), processor())
+    paid = [[0.1] * 3, [0.7] * 3, [0.9, 0.1, 0.1], [0.1, 1.0, 0.1]]
+    rows = [RewardRecord(1.0, r, 0.0, 0.0, 0.0, r) for row in paid for r in row]
+    made = replace(fake(Trainer(replace(ALONE, method="grpo", num_generations=G), load_policy(), processor()), examples[:4], [[1, 0, 0]] * 4), rewards=tuple(rows), advantages=to_advantages(trainer, rows))
+    monkeypatch.setattr(loop, "collect", lambda *a: made)
+    found = begin_step(trainer, examples[:4], 3).experience.advantages
+    assert (found[:2] == 0).all() and (found[2:] != 0).all()
 
 
 # -- several ranks
