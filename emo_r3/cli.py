@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'EVAL_SEED', 'WITHOUT_TRAINING', 'recipe_names', 'read_mapping', 'read_recipe', 'field_value',
-           'parse_option', 'run_config', 'RunData', 'eval_scenes', 'other_set', 'run_data', 'Measure', 'load_pair',
-           'check_writable', 'run', 'train_options', 'given_fields', 'run_folder', 'interrupted', 'train_command',
-           'plan_options', 'data_here', 'plan_command', 'asking_options', 'read_asking', 'source_options',
-           'read_source', 'published_split', 'evaluate_options', 'eval_data', 'write_json', 'evaluate_command',
-           'check_options', 'check_command', 'sample_options', 'sample_command', 'predict_options', 'predict_command',
-           'report_options', 'report_command', 'experiment_options', 'train_fields', 'experiment_command', 'tidy',
-           'parse', 'main']
+           'parse_option', 'run_config', 'RunData', 'eval_scenes', 'data_seed', 'other_set', 'run_data', 'Measure',
+           'load_pair', 'check_writable', 'run', 'train_options', 'given_fields', 'run_folder', 'interrupted',
+           'train_command', 'plan_options', 'data_here', 'plan_command', 'asking_options', 'read_asking',
+           'source_options', 'read_source', 'published_split', 'evaluate_options', 'eval_data', 'write_json',
+           'evaluate_command', 'check_options', 'check_command', 'sample_options', 'sample_command', 'predict_options',
+           'predict_command', 'report_options', 'report_command', 'experiment_options', 'train_fields',
+           'experiment_command', 'tidy', 'parse', 'main']
 
 # %% ../nbs/18_cli.ipynb #bb605077
 import argparse
@@ -186,10 +186,11 @@ def _sound(config: "TrainConfig", examples: list[EmotionExample], set_aside: lis
 
 
 def _chosen(config: "TrainConfig", split: str, n: int, seed: int, manifest: str | None, set_aside: list[SetAside], manifests: dict[str, str]) -> tuple[list[EmotionExample], list[EmotionExample]]:
-    "The rows that a manifest lists, or n by the seed; and those that are left."
+    "At most n rows by the seed, of those that a manifest lists or of all; and what is left of all."
     found = _loaded(config, split, set_aside)
-    if manifest is None: chosen = subsample(found, min(n, len(found)), seed)
-    else: chosen, manifests[manifest] = read_manifest(manifest, found), manifest_sha256(manifest)
+    listed = found if manifest is None else read_manifest(manifest, found)
+    if manifest is not None: manifests[manifest] = manifest_sha256(manifest)
+    chosen = listed if len(listed) <= n else subsample(listed, n, seed)
     taken = {x.id for x in chosen}
     return chosen, [x for x in found if x.id not in taken]
 
@@ -198,9 +199,14 @@ def _test_set(config: "TrainConfig", manifest: str | None, set_aside: list[SetAs
     return _sound(config, _chosen(config, "test", config.eval_size, EVAL_SEED, manifest, set_aside, manifests)[0], set_aside)
 
 
+def data_seed(config: "TrainConfig") -> int:
+    "Returns the seed that chooses a run's training pictures."
+    return config.seed if config.data_seed is None else config.data_seed
+
+
 def _own_data(config: "TrainConfig", set_aside: list[SetAside]) -> RunData:
     name, manifests = config.data_format or Path(config.data).stem or config.data, {}
-    train, left = _chosen(config, "train", config.train_size, config.seed, config.train_manifest, set_aside, manifests)
+    train, left = _chosen(config, "train", config.train_size, data_seed(config), config.train_manifest, set_aside, manifests)
     during = subsample(left, min(config.eval_during, len(left)), EVAL_SEED) if config.eval_every else []
     if config.report == "best" and not during: raise ValueError(f"report = 'best': all {len(train):,} training pictures are trained on, and none is left to choose by; allowed: a smaller train_size, or report = 'last'")
     train, during = _sound(config, train, set_aside), _sound(config, during, set_aside)
@@ -235,7 +241,7 @@ def run_data(
     if config.label_set != domain_label_set(trained).name: raise ValueError(f"label_set = {config.label_set!r}; allowed with data = {config.data!r}: {domain_label_set(trained).name}")
     _no_columns(config)
     during = (trained, *(d for d in ("in_domain", "style") if d != trained))  # the first is the one that checkpoints are chosen by
-    return RunData(make_scenes(trained, "train", config.train_size, config.seed), eval_scenes(during[:2], "validation", config.eval_during), eval_scenes(DOMAINS, "test", config.eval_size))
+    return RunData(make_scenes(trained, "train", config.train_size, data_seed(config)), eval_scenes(during[:2], "validation", config.eval_during), eval_scenes(DOMAINS, "test", config.eval_size))
 
 # %% ../nbs/18_cli.ipynb #ac5ce8de
 class Measure:
@@ -528,6 +534,9 @@ def evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manifest", metavar="FILE", help="measure on the pictures that it lists, see 'emo-r3 data sample'")
     asking_options(parser, WITHOUT_TRAINING)
     parser.add_argument("--mode", default="strict", metavar="NAME", help="how answers are read as labels: strict or lenient (default: strict)")
+    parser.add_argument("--preset", default="paper", metavar="NAME", help="whose check of the form counts: paper or released (default: paper)")
+    parser.add_argument("--precision", default="fp32", metavar="NAME", help="of the forward pass: fp32 or bf16 (default: fp32)")
+    parser.add_argument("--max-quarantined", type=float, default=0.05, metavar="SHARE", help="rows and pictures that cannot be used are left out and named, up to this share (default: 0.05)")
     parser.add_argument("--split", metavar="NAME", help=f"of scenes: {', '.join(SPLITS)}; of a published set: train, validation, test (default: test); of your own pictures: where they are divided")
     parser.add_argument("--size", type=int, metavar="N", help="pictures a domain (default: 128 scenes; all of your own)")
     parser.add_argument("--max-tokens", type=int, default=512, metavar="N", help="longest completion (default: 512)")
@@ -547,12 +556,17 @@ def eval_data(args: argparse.Namespace, # of `evaluate_options`
             if getattr(args, name): raise ValueError(f"--{name} = {getattr(args, name)!r}: scenes are drawn here; allowed: the path of pictures")
         if args.labels: raise ValueError(f"--labels = {args.labels!r}: scenes have label sets of their own; allowed: no --labels with scenes")
         return eval_scenes((domain,) if domain else DOMAINS, args.split or "test", args.size or 128)
-    reading, left_out = read_source(args), []
-    if args.format: found = load_published(args.data, args.format, published_split(args.data, args.split), domain=args.format, left_out=left_out, **reading)
-    else: found = load_examples(args.data, split=args.split, **reading)
+    reading, left_out, aside = read_source(args), [], []
+    if args.format: found = load_published(args.data, args.format, published_split(args.data, args.split), domain=args.format, left_out=left_out, set_aside=aside, **reading)
+    else: found = load_examples(args.data, split=args.split, set_aside=aside, **reading)
     if left_out: print(f"emo-r3: {left_out_line(left_out)}", file=sys.stderr)
+    sound_examples([], list(aside), args.max_quarantined, total=len(found) + len(aside))
     if args.manifest: found = read_manifest(args.manifest, found)
-    return {args.format or Path(args.data).stem or args.data: found if args.size is None else subsample(found, min(args.size, len(found)), EVAL_SEED)}
+    if args.size is not None: found = subsample(found, min(args.size, len(found)), EVAL_SEED)
+    sound = sound_examples(found, unusable := [], args.max_quarantined)
+    for one in (aside + unusable)[:10]: print(printable(f"emo-r3: left out: {one.reason}"), file=sys.stderr)
+    if (more := len(aside + unusable) - 10) > 0: print(f"emo-r3: left out: {more} more", file=sys.stderr)
+    return {args.format or Path(args.data).stem or args.data: sound}
 
 # %% ../nbs/18_cli.ipynb #b4cb8f2d
 def write_json(path: Path, # the file
@@ -572,20 +586,23 @@ def evaluate_command(args: argparse.Namespace) -> None:
         if path:
             check_writable(Path(path), name)
             Path(path).parent.mkdir(parents=True, exist_ok=True)
+    for name, allowed in (("--mode", ("strict", "lenient")), ("--preset", ("paper", "released")), ("--precision", ("fp32", "bf16"))): check_choice(name, getattr(args, name[2:]), allowed)
     data, (templates, pixels) = eval_data(args), read_asking(args, WITHOUT_TRAINING)
+    import torch
     from emo_r3.evaluate import evaluate, report_table, write_predictions
+    from emo_r3.rewards import RewardWeights
     from emo_r3.sampling import PolicyJudge, PolicySampler
     model, processor = load_pair(args.policy, **pixels)
     judge = PolicyJudge(model, processor) if args.method in WITH_STEPS else None  # a policy measured by itself judges its own steps
     if args.method in WITHOUT_TRAINING:
         from emo_r3.sepm import SEPM_METHODS, sepm_report
         measure = lambda xs, domain: sepm_report(model, processor, xs, SEPM_METHODS[args.method], templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, progress=domain)
-    else: measure = lambda xs, domain: evaluate(PolicySampler(model, processor), xs, method=args.method, templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, judge=judge, progress=domain)
-    reports = {domain: measure(xs, domain) for domain, xs in data.items()}
+    else: measure = lambda xs, domain: evaluate(PolicySampler(model, processor), xs, method=args.method, templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, judge=judge, weights=RewardWeights.preset(args.preset), progress=domain)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=args.precision == "bf16"): reports = {domain: measure(xs, domain) for domain, xs in data.items()}
     print(report_table(reports))
     if args.predictions: write_predictions(args.predictions, reports)
     if args.output:
-        figures = {"policy": args.policy, "data": args.data, "split": args.split, "format": args.format, "manifest": manifest_sha256(args.manifest) if args.manifest else None, "domains": {domain: r.to_dict() for domain, r in reports.items()}}
+        figures = {"policy": args.policy, "data": args.data, "split": args.split, "format": args.format, "manifest": manifest_sha256(args.manifest) if args.manifest else None, "preset": args.preset, "precision": args.precision, "domains": {domain: r.to_dict() for domain, r in reports.items()}}
         write_json(Path(args.output), figures)
 
 # %% ../nbs/18_cli.ipynb #4896f5ea
@@ -686,8 +703,11 @@ def experiment_options(parser: argparse.ArgumentParser) -> None:
 
 def train_fields(words: Sequence[str], # options of emo-r3 train
                 ) -> tuple[tuple[str, str], ...]: # field, and value as text
-    "Returns the fields that training options set; raises ValueError as the command would."
-    return tuple(given_fields(parse(["train", "-", *words])).items())
+    "Returns the fields that training options set; raises ValueError as the command would, and for options that are no fields."
+    given = given_fields(parse(["train", "-", *words]))
+    asked = [w.partition("=")[0] for w in words if w.startswith("--")]
+    if strange := [w for w in asked if w.removeprefix("--").replace("-", "_") not in given]: raise ValueError(f"--train-options: {strange[0]!r} is no field of a run; allowed: the fields that 'emo-r3 train --help' lists")
+    return tuple(given.items())
 
 
 def experiment_command(args: argparse.Namespace) -> None:

@@ -65,3 +65,53 @@ def test_another_domain_of_the_scenes_can_be_trained_on(domain, labels):
     data = run_data(run_config("scenes_cpu", {"data": f"scenes:{domain}", "label_set": labels, "train_size": "16", "eval_size": "4", "eval_during": "4"})[1])
     assert {x.domain for x in data.train} == {domain} and next(iter(data.during)) == domain and list(data.test) == ["in_domain", "style", "unseen_triggers", "faces"]
     with pytest.raises(ValueError, match="label_set = 'webemo7'; allowed with data = "): run_data(run_config("scenes_cpu", {"data": f"scenes:{domain}", "label_set": "webemo7"})[1])
+
+
+def test_a_manifest_is_a_pool_that_sizes_crop_alike(sets, tmp_path, capsys):
+    assert main(["data", "sample", sets["emoset"]["data"], "--format", "emoset", "--split", "test", "--size", "12", "--seed", "1", "--output", str(tmp_path / "m.jsonl")]) == 0
+    data = run_data(run_config("scenes_cpu", {**sets["emoset"], "train_size": "4", "prompts_per_step": "4", "prompts_per_update": "4", "eval_size": "6", "test_manifest": str(tmp_path / "m.jsonl")})[1])
+    assert main(["evaluate", "embedded", sets["emoset"]["data"], "--format", "emoset", "--manifest", str(tmp_path / "m.jsonl"), "--size", "6", "--max-tokens", "4", "--max-pixels", "9216", "--predictions", str(tmp_path / "p.jsonl")]) == 0
+    (measured,) = read_predictions(tmp_path / "p.jsonl").values()
+    assert [g.id for g in measured.predictions] == [x.id for x in data.test["emoset"]] and measured.n == 6
+
+
+def test_the_same_pictures_under_other_seeds(sets):
+    def trained(**changes): return [x.id for x in run_data(run_config("scenes_cpu", {**sets["emoset"], "train_size": "8", "prompts_per_step": "4", "prompts_per_update": "4", "eval_size": "2", **changes})[1]).train]
+    assert trained(seed="1") != trained(seed="2") and trained(seed="1", data_seed="1") == trained(seed="2", data_seed="1") == trained(seed="1")
+    drawn = [[x.id for x in run_data(run_config("scenes_cpu", {"train_size": "16", "eval_size": "1", "eval_during": "1", "seed": seed, "data_seed": "7"})[1]).train] for seed in ("1", "2")]
+    assert drawn[0] == drawn[1]
+
+
+def test_an_evaluation_leaves_out_what_a_run_would_leave_out(sets, tmp_path, capsys):
+    root = emoset(tmp_path / "EmoSet", test=dict.fromkeys(("awe", "fear"), 20))
+    for i, broken in enumerate(sorted((root / "image" / "awe").iterdir())[-2:]): broken.write_bytes(b"no picture")
+    argv = ["evaluate", "embedded", str(root), "--format", "emoset", "--max-tokens", "4", "--max-pixels", "9216", "--predictions", str(tmp_path / "p.jsonl")]
+    assert main(argv) == 0 and capsys.readouterr().err.count("emo-r3: left out: ") == 2
+    (measured,) = read_predictions(tmp_path / "p.jsonl").values()
+    assert measured.n == 38
+    assert main([*argv, "--max-quarantined", "0"]) == 2 and "2 of 40 examples (5.0%) cannot be used; allowed: 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, says", [(["--preset", "papr"], "did you mean 'paper'"), (["--precision", "fp16"], "allowed: fp32, bf16"), (["--mode", "loose"], "allowed: strict, lenient")])
+def test_what_an_evaluation_cannot_be_told(argv, says, capsys):
+    assert main(["evaluate", "embedded", "scenes:faces", "--size", "1", *argv]) == 2 and says in capsys.readouterr().err
+
+
+def test_the_preset_s_check_of_the_form_counts(tmp_path, capsys):
+    "Words before the thought: in order for the paper's check, and not the whole text for the released code's."
+    from emo_r3.sampling import PolicySampler
+    real = PolicySampler.sample
+    def spoken(self, *args, **options):
+        from dataclasses import replace
+        out = real(self, *args, **options)
+        return replace(out, texts=tuple(r"Let me see. <think>a</think>\boxed{fear}" for _ in out.texts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PolicySampler, "sample", spoken)
+        for preset, share in (("paper", 1.0), ("released", 0.0)):
+            assert main(["evaluate", "embedded", "scenes:in_domain", "--size", "2", "--method", "grpo", "--max-tokens", "4", "--preset", preset, "--output", str(tmp_path / "f.json")]) == 0
+            assert json.loads((tmp_path / "f.json").read_text())["domains"]["in_domain"]["format"] == share
+
+
+@pytest.mark.parametrize("words", ["--resume never", "--dry-run", "--output-dir x", "--accept-changes"])
+def test_training_options_of_an_experiment_are_fields(words, capsys):
+    assert main(["experiment", "table3", "--dry-run", f"--train-options={words}"]) == 2 and f"--train-options: '{words.split()[0]}' is no field of a run" in capsys.readouterr().err
