@@ -123,6 +123,7 @@ class TrainConfig:
     loss_type: str | None = knob(None, "a loss by TRL's name, which decides ratio, average and clip: grpo, dapo, bnpo, dr_grpo, gspo (its paper's epsilons are 3e-4 and 4e-4) or cispo; null: those three as they stand", "ours")
     advantage: str = knob("group", "how rewards become advantages: group (mean and standard deviation of the group), mean (its mean alone), gdpo (each reward by itself first)", "paper, Sec. 3.1; Dr. GRPO; GDPO")
     tis_cap: float | None = knob(None, "each token's loss is weighted by trainer / sampler probability, at most this; null: off, as our sampler is the policy", "truncated importance sampling")
+    tis_level: str = knob("token", "that weight is of each token, or of the whole sequence", "TRL")
     beta: float = knob(1e-2, "weight of the KL penalty to the reference; 0 leaves the reference out", "released code")
     kl: str = knob("k3", "KL estimator: k1, k2 or k3", "released code (low_var_kl)")
     epsilon_low: float = knob(0.2, "the ratio is clipped below 1 - epsilon_low", "released code")
@@ -152,7 +153,7 @@ class TrainConfig:
 
 # %% ../nbs/12_train.ipynb #277479d2
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
-           "reflection": ("score", "soft", "generate"), "filter_key": ("none", "overall", "accuracy"), "advantage": ("group", "mean", "gdpo"), "clip": ("ppo", "cispo"), "report": ("last", "best"), "lr_schedule": ("constant", "linear", "cosine"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
+           "reflection": ("score", "soft", "generate"), "filter_key": ("none", "overall", "accuracy"), "advantage": ("group", "mean", "gdpo"), "clip": ("ppo", "cispo"), "tis_level": ("token", "sequence"), "report": ("last", "best"), "lr_schedule": ("constant", "linear", "cosine"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
 AT_LEAST = {"num_generations": 1, "max_refills": 1, "max_completion_tokens": 1, "prompts_per_step": 1, "prompts_per_update": 1, "epochs_per_step": 1, "tokens_per_forward": 1, "lora_rank": 0, "epochs": 1,
             "max_steps": 1, "train_size": 1, "eval_size": 1, "eval_every": 0, "eval_during": 1, "sample_every": 0, "save_every": 0, "keep_last": 1, "max_skipped_updates": 1, "min_pixels": 1, "max_pixels": 1,
@@ -381,7 +382,7 @@ def update(trainer: Trainer, # holds policy and optimizer
             if c.method == "sft": loss, parts = -(token_weights(mask.bool(), options["average"], c.max_completion_tokens, normalizer).to(logps.dtype) * logps.masked_fill(mask == 0, 0.0)).sum(), {}
             else: loss, parts = grpo_loss(logps, logps if old_logps is None else old, cut(experience.advantages.flatten()[:, None])[:, 0], mask, ref_logps=None if ref_logps is None else cut(ref_logps),
                                           beta=c.beta, epsilon_low=c.epsilon_low, epsilon_high=c.epsilon_high, max_tokens=c.max_completion_tokens, normalizer=normalizer, kl=c.kl,
-                                          importance=None if c.tis_cap is None else sampler_correction(old, sampled, mask.bool(), c.tis_cap), **options)
+                                          importance=None if c.tis_cap is None else sampler_correction(old, sampled, mask.bool(), c.tis_cap, c.tis_level), **options)
             loss.backward()
             parts |= {"loss": loss.detach(), "entropy": (entropy * mask).sum() / tokens}
             if c.method != "sft":

@@ -225,7 +225,7 @@ def test_weights_of_a_sampler_that_is_the_policy_change_nothing(examples):
         return grads(trainer)
     plain = gradient()
     assert (plain - gradient(tis_cap=2.0)).norm() < 1e-4 * plain.norm()  # sampler and scorer agree to rounding
-    assert (0.5 * plain - gradient(tis_cap=0.5)).norm() < 1e-4 * plain.norm()  # every token's weight is cut to a half
+    for level in ("token", "sequence"): assert (0.5 * plain - gradient(tis_cap=0.5, tis_level=level)).norm() < 1e-4 * plain.norm()  # every weight is cut to a half
 
 
 def test_advantages_by_their_names(examples):
