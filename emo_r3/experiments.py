@@ -8,18 +8,20 @@ __all__ = ['TITLES', 'REAL_ONLY', 'UNTRAINED', 'UNGROUPED', 'EMBEDDED_SETS', 'LA
            'COLD_RUN', 'VANILLA_PROMPT', 'LLAVA', 'CELLS_OWN', 'MEANS', 'DRAWS', 'PAPER', 'CSV_COLUMNS', 'COLOURS',
            'CASE_RULE', 'PHASES', 'Cell', 'DataSets', 'read_data_sets', 'Experiment', 'experiment_rows', 'row_cells',
            'experiment_cells', 'Trial', 'data_options', 'cell_options', 'cold_options', 'Task', 'option_words',
-           'train_task', 'recipe_fields', 'evaluate_tasks', 'cell_tasks', 'shell_line', 'last_words', 'Runner',
-           'run_cells', 'check_same_run', 'Measured', 'collect_cell', 'Score', 'score', 'in_and_out', 'Difference',
-           'bootstrap', 'picture_differences', 'Row', 'table_rows', 'compare_rows', 'Grid', 'grid_text',
-           'grid_markdown', 'latex_text', 'grid_latex', 'paper_grid', 'table_grids', 'comparisons', 'comparison_grids',
-           'table_csv', 'read_curves', 'draw_curves', 'choose_case', 'tested_picture', 'draw_case', 'step_times',
-           'draw_times', 'machine', 'table_record', 'write_table', 'write_figure', 'experiment_words', 'collect_cells',
-           'experiment']
+           'train_task', 'recipe_fields', 'evaluate_tasks', 'cell_tasks', 'shell_line', 'last_words',
+           'evaluation_record', 'Runner', 'run_cells', 'task_config', 'check_same_run', 'check_same_evaluation',
+           'Measured', 'collect_cell', 'check_same_pictures', 'Score', 'score', 'in_and_out', 'Difference', 'bootstrap',
+           'picture_differences', 'Row', 'table_rows', 'compare_rows', 'Grid', 'grid_text', 'grid_markdown',
+           'latex_text', 'grid_latex', 'paper_grid', 'table_grids', 'comparisons', 'comparison_grids', 'table_csv',
+           'read_curves', 'draw_curves', 'choose_case', 'tested_picture', 'draw_case', 'step_times', 'draw_times',
+           'machine', 'run_commits', 'origin_lines', 'table_record', 'write_table', 'write_figure', 'experiment_words',
+           'collect_cells', 'experiment']
 
 # %% ../nbs/15_experiments.ipynb #12f46af9
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -30,25 +32,29 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType
+from typing import get_args
 
 import numpy as np
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 import emo_r3
-from .checkpoint import Stopped, StopSignals, library_versions
+from .checkpoint import Stopped, StopSignals, library_versions, source_commit
 from .data import check_choice, did_you_mean
-from .published import load_published
+from .published import load_published, manifest_sha256
 from .evaluate import Graded, mean_or_none, read_predictions, wilson_interval
 from .rewards import RewardWeights
 from .scenes import DOMAINS, EMBEDDED, make_scenes
-from .train import write_whole
+from .train import TrainConfig, make_config, plain_config, write_whole
 
 # %% ../nbs/15_experiments.ipynb #bbdd16c9
 TITLES = {"vanilla": "vanilla", "sepm": "SEPM", "sft": "SFT", "grpo": "GRPO", "dapo": "DAPO", "set": "SET only", "emo_r3": "EMO-R3",
@@ -148,6 +154,7 @@ def experiment_rows(
     allowed = [m for m in TITLES if not (sets.embedded and m in REAL_ONLY)]
     own = [row for row in EXPERIMENTS[name].rows if row[0] in allowed]
     if methods is None: return own
+    methods = list(dict.fromkeys(methods))
     for method in methods: check_choice("--methods", method, allowed)
     sizes = list(dict.fromkeys(g for _, g in own if g))
     extra = [(m, g) for m in methods if m not in dict(own) for g in ([None] if m in UNGROUPED else sizes)]
@@ -190,7 +197,7 @@ RECIPE = {"in_domain": "scenes_cpu", "faces": "scenes_cpu", "emoset": "emoset_8g
 EVERY_RUN = {"report": "best", "evaluate_before": "false", "eval_every": "10"}
 WORLD_OPTIONS = {
     "embedded": EVERY_RUN | {"eval_during": "128", "save_every": "50", "keep_last": "1", "trackers": "[]"},
-    "real": EVERY_RUN | {"eval_during": "500"},
+    "real": EVERY_RUN | {"eval_during": "500", "data_seed": "1"},
 }
 TRAIN_OPTIONS = {
     "in_domain": {"data": "scenes:in_domain", "label_set": "emoset8"},
@@ -211,7 +218,8 @@ VANILLA_PROMPT = {"embedded": "grpo", "real": "direct"}
 LLAVA = "llava-hf/llava-1.5-7b-hf"
 
 # %% ../nbs/15_experiments.ipynb #9a972fef
-CELLS_OWN = ("method", "num_generations", "seed", "judge", "filter_key", "data", "data_format", "label_set", "eval_sets", "test_manifest", "report")
+CELLS_OWN = tuple(dict.fromkeys([*(name for options in METHOD_OPTIONS.values() for name in options), "delta", "filter_low", "filter_high", "max_refills", "loss_type", "advantage", "clip", "ratio", "average", "lambda_reflective",
+                                 "seed", "data", "data_format", "label_set", "eval_sets", "test_manifest", "report"]))  # fields that say which cell a run is
 
 
 @dataclass(frozen=True)
@@ -224,7 +232,7 @@ class Trial:
 
     def __post_init__(self):
         for name, value in self.options:
-            if name in CELLS_OWN: raise ValueError(f"--train-options: {name} = {value!r}; allowed: any field but {', '.join(CELLS_OWN)}, by which cells differ")
+            if name in CELLS_OWN: raise ValueError(f"--train-options: {name} = {value!r}; allowed: any field but {', '.join(CELLS_OWN)}, which say what a cell is")
 
     @property
     def fields(self) -> dict[str, str]:
@@ -274,11 +282,16 @@ class Task:
     test: str | None = None  # of an evaluation: the test set
     recipe: str | None = None  # of a run
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)  # of a run: what is set beside the recipe; of an evaluation: method and mode
+    manifest: str | None = None  # of an evaluation: the file that lists its pictures
 
     @property
     def name(self) -> str: return self.leaves.parent.name if self.test is None else f"{self.leaves.parent.name}-{self.test}"
     @property
-    def done(self) -> bool: return self.leaves.exists()
+    def record(self) -> Path | None:
+        "The file beside an evaluation's predictions that says how they were made; None of a run, whose config.yaml says it."
+        return None if self.test is None else self.leaves.with_suffix(".task.json")
+    @property
+    def done(self) -> bool: return self.leaves.exists() and (self.record is None or self.record.exists())
 
 
 def option_words(
@@ -317,11 +330,12 @@ def evaluate_tasks(
     if method in REAL_ONLY: recipe |= {"policy": LLAVA, "min_pixels": None, "max_pixels": None}  # its pictures have one size
     prompt = "sepm" if method in ("sepm", "llava_sepm") else VANILLA_PROMPT[sets.name]
     mode = RewardWeights.for_method("grpo", recipe.get("preset", "paper")).label_mode
-    size = {"--size": recipe.get("eval_size"), "--max-tokens": recipe.get("max_completion_tokens"), "--min-pixels": recipe.get("min_pixels"), "--max-pixels": recipe.get("max_pixels")}
-    shared = ["--method", prompt, "--mode", mode, "--split", "test", *(w for name, v in size.items() if v is not None for w in (name, str(v)))]
+    names = {"--size": "eval_size", "--preset": "preset", "--precision": "precision", "--max-tokens": "max_completion_tokens", "--min-pixels": "min_pixels", "--max-pixels": "max_pixels", "--max-quarantined": "max_quarantined"}
+    shared = ["--method", prompt, "--mode", mode, "--split", "test", *(w for option, name in names.items() if recipe.get(name) is not None for w in (option, str(recipe[name])))]
     def task(test):
-        data = [f"scenes:{test}"] if sets.embedded else [sets.paths[test], "--format", test, *(("--manifest", sets.manifests[test]) if test in sets.manifests else ())]
-        return Task(("evaluate", str(recipe.get("policy", "Qwen/Qwen2.5-VL-3B-Instruct")), *data, *shared, "--predictions", str(folder / f"{test}.jsonl")), folder / f"{test}.jsonl", test, fields={"method": prompt, "mode": mode})
+        manifest = sets.manifests.get(test)
+        data = [f"scenes:{test}"] if sets.embedded else [sets.paths[test], "--format", test, *(("--manifest", manifest) if manifest else ())]
+        return Task(("evaluate", str(recipe.get("policy", "Qwen/Qwen2.5-VL-3B-Instruct")), *data, *shared, "--predictions", str(folder / f"{test}.jsonl")), folder / f"{test}.jsonl", test, fields={"method": prompt, "mode": mode}, manifest=manifest)
     return [task(test) for test in sets.test]
 
 
@@ -360,6 +374,14 @@ def last_words(
     return "\n".join([line.rstrip().rpartition("\r")[2] for line in text.split("\n") if line.strip()][-lines:])
 
 
+def evaluation_record(
+    task: Task,  # an evaluation
+) -> dict:
+    "Returns what says how an evaluation's predictions are made: the command without the place where they go, and the fingerprint of its manifest; raises OSError where that is not there."
+    at = task.words.index("--predictions")
+    return {"words": [*task.words[:at], *task.words[at + 2:]], "manifest_sha256": manifest_sha256(task.manifest) if task.manifest else None}
+
+
 class Runner:
     "Runs tasks as processes, and knows which are running."
     def __init__(self, logs: Path,  # folder for what the processes write
@@ -373,6 +395,7 @@ class Runner:
         if task.done or self.stopped: return ""
         for folder in (self.logs, task.leaves.parent.parent if task.test is None else task.leaves.parent): folder.mkdir(parents=True, exist_ok=True)
         out, err = (self.logs / f"{task.name}.{kind}" for kind in ("out", "err"))
+        if task.record: task.record.unlink(missing_ok=True)  # it would be of other predictions
         argv = [*(self.launch if task.test is None else ()), sys.executable, "-c", _MAIN, *task.words]
         with out.open("wb") as o, err.open("wb") as e:
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=o, stderr=e, start_new_session=True, env=os.environ | ({"OMP_NUM_THREADS": "1"} if self.single else {}))
@@ -380,7 +403,9 @@ class Runner:
             if self.stopped: process.terminate()  # the signal came while it was started
             code = process.wait()
             self.running.discard(process)
-        if code == 0 and task.done: return ""
+        if code == 0 and task.leaves.exists():
+            if task.record: write_whole(task.record, json.dumps(evaluation_record(task) | {"commit": source_commit(), "versions": {k: v for k, v in library_versions().items() if k != "threads"}}, indent=1) + "\n")
+            return ""
         why = f"exit code {code}" if code else f"it ended without {task.leaves.name}"
         return f"{task.name}: {why}; {err.name} ends with\n{textwrap.indent(last_words(err) or '(nothing)', '    ')}"
 
@@ -417,23 +442,51 @@ def run_cells(
     return failed
 
 # %% ../nbs/15_experiments.ipynb #3b47e2bb
-def _same(name: str, wanted: object, found: object) -> bool:
-    if name == "policy": return Path(str(wanted)).parts[-2:] == Path(str(found)).parts[-2:]  # runs may move together
-    if isinstance(wanted, str) and not isinstance(found, str):
-        try: wanted = yaml.safe_load(wanted)
-        except yaml.YAMLError: return False
-    try: return wanted == found or float(wanted) == float(found)  # YAML reads 1e-4 as a text
-    except (TypeError, ValueError): return False
+def _typed(name: str, value: object) -> object: # as the command line and a recipe are read
+    kinds = next((get_args(f.type) or (f.type,) for f in fields(TrainConfig) if f.name == name), ())
+    if isinstance(value, str) and str in kinds: return None if value == "null" and NoneType in kinds else value
+    value = yaml.safe_load(value) if isinstance(value, str) else value
+    return float(value) if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool) else value  # YAML reads 1e-4 as a text
+
+
+def task_config(
+    task: Task,  # a training run
+) -> dict:
+    "Returns the whole configuration that a run's command means, as its config.yaml holds it; raises ValueError for one that cannot be."
+    return plain_config(make_config({name: _typed(name, value) for name, value in (recipe_fields(task.recipe) | dict(task.fields)).items()}, where=f"recipe {task.recipe}"))
+
+
+def _same_policy(task: Task, wanted: str, found: object) -> bool:
+    own = Path(wanted).name == "policy" and Path(wanted).parent.parent == task.leaves.parent.parent  # made by another of these runs, and runs may move together
+    return wanted == found or (own and Path(wanted).parts[-2:] == Path(str(found)).parts[-2:])
 
 
 def check_same_run(
     task: Task,  # a training run that is finished
 ) -> None:
-    "Raises ValueError or OSError, naming field and values, where a run's configuration is not the one that its task asks for."
-    found = yaml.safe_load((task.leaves.parent / "config.yaml").read_text(encoding="utf-8"))
-    for name, wanted in (recipe_fields(task.recipe) | dict(task.fields)).items():
-        if name not in found or not _same(name, wanted, found[name]):
-            raise ValueError(f"{task.leaves.parent}: was run with {name} = {found.get(name)!r}, wanted: {wanted!r}; allowed: remove that folder, or name another one for the runs")
+    "Raises ValueError or OSError, naming fields and values, where a run's configuration is not the one that its task asks for."
+    folder, wanted, default = task.leaves.parent, task_config(task), plain_config(TrainConfig())
+    stored = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if not isinstance(stored, dict): raise ValueError(f"{folder / 'config.yaml'}: {stored!r}; allowed: a run's configuration")
+    if strange := [name for name in stored if name not in wanted]: raise ValueError(f"{folder / 'config.yaml'}: {', '.join(map(str, strange))}; allowed: the fields of a run's configuration")
+    found = default | stored  # a field that came later has its default
+    if other := [name for name in wanted if not (_same_policy(task, wanted[name], found[name]) if name == "policy" else wanted[name] == found[name])]:
+        raise ValueError(f"{folder}: was run with {', '.join(f'{name} = {found[name]!r}, wanted: {wanted[name]!r}' for name in other)}; allowed: remove that folder, or name another one for the runs")
+
+
+def check_same_evaluation(
+    task: Task,  # an evaluation whose predictions are there
+) -> dict:  # commit and versions that made them
+    "Returns who made an evaluation's predictions; raises ValueError or OSError where another command made them, or nobody knows which."
+    if not task.record.exists(): raise ValueError(f"{task.leaves}: {task.record.name} is not beside it, so nobody knows how it was made; allowed: run the experiment again without --collect, which makes it anew")
+    found, wanted = json.loads(task.record.read_text(encoding="utf-8")), evaluation_record(task)
+    for name, value in wanted.items():
+        if found.get(name) != value: raise ValueError(f"{task.leaves}: was made with {name} = {_unlike(found.get(name), value)}, wanted: {_unlike(value, found.get(name))}; allowed: remove that folder, or name another one for the runs")
+    return {name: found.get(name) for name in ("commit", "versions")}
+
+
+def _unlike(words: object, others: object) -> str: # what one command has and the other has not
+    return " ".join(["...", *(w for w, o in itertools.zip_longest(words, others) if w != o and w is not None), "..."]) if isinstance(words, list) and isinstance(others, list) else repr(words)
 
 # %% ../nbs/15_experiments.ipynb #8bbf6250
 @dataclass(frozen=True)
@@ -443,12 +496,13 @@ class Measured:
     tests: Mapping[str, tuple[Graded, ...]]  # test set -> one a picture
     folder: Path  # of the run, or of the evaluations
     summary: Mapping = field(default_factory=dict)  # of a run
+    made: tuple[Mapping, ...] = ()  # of each of its commands: "run", its name; "commit" and "versions" of the code that made it, None where they are not known
 
     def to_dict(self) -> dict:
         "Returns what a record keeps of it: how it went, without the completions."
         kept = {name: self.summary.get(name) for name in ("steps", "wall_s", "ended", "reported") if name in self.summary}
         kept |= {"manifests": {Path(file).name: sha256 for file, sha256 in self.summary["manifests"].items()}} if "manifests" in self.summary else {}
-        return {"name": self.cell.name, **asdict(self.cell), **kept, "accuracy": {test: mean_or_none(g.correct for g in graded) for test, graded in self.tests.items()}}
+        return {"name": self.cell.name, **asdict(self.cell), **kept, "made": list(map(dict, self.made)), "accuracy": {test: mean_or_none(g.correct for g in graded) for test, graded in self.tests.items()}}
 
 
 def _named_tests(found: Mapping[str, tuple[Graded, ...]], own: str, sets: DataSets, where: Path) -> dict[str, tuple[Graded, ...]]:
@@ -470,15 +524,34 @@ def collect_cell(
     sets: DataSets,
 ) -> Measured | None:  # None: not finished
     "Returns what a cell's commands left behind; raises ValueError or OSError naming file and field for what cannot be used."
-    if not all(task.done for task in tasks): return None
-    if cell.method in UNTRAINED: return Measured(cell, {task.test: _evaluated(task) for task in tasks}, tasks[0].leaves.parent)
+    if not all(task.leaves.exists() for task in tasks): return None
+    if cell.method in UNTRAINED:
+        made = tuple({"run": task.name, **check_same_evaluation(task)} for task in tasks)
+        return Measured(cell, {task.test: _evaluated(task) for task in tasks}, tasks[0].leaves.parent, made=made)
     for task in tasks: check_same_run(task)
-    folder, summary = tasks[-1].leaves.parent, json.loads(tasks[-1].leaves.read_text(encoding="utf-8"))
+    summaries = [json.loads(task.leaves.read_text(encoding="utf-8")) for task in tasks]
+    folder, summary = tasks[-1].leaves.parent, summaries[-1]
+    made = tuple({"run": task.name, "commit": s.get("commit"), "versions": s.get("versions")} for task, s in zip(tasks, summaries))
     found = {domain: report.predictions for domain, report in read_predictions(folder / "predictions" / "after.jsonl").items()}
     for domain, graded in found.items():
         said, counted = summary["after"].get(domain, {}).get("accuracy"), sum(g.correct for g in graded) / len(graded)
         if said is None or abs(said - counted) > 1e-9: raise ValueError(f"{folder}: summary.json says accuracy {said} on {domain}, its predictions {counted}; allowed: the same")
-    return Measured(cell, _named_tests(found, cell.train, sets, folder), folder, summary)
+    return Measured(cell, _named_tests(found, cell.train, sets, folder), folder, summary, made)
+
+# %% ../nbs/15_experiments.ipynb #b31ef77c
+def check_same_pictures(
+    measured: Mapping[Cell, Measured],  # the cells of an experiment
+) -> dict[Cell, str]:  # cell -> what is wrong
+    "Returns the cells that were tested on other pictures, or other labels, than most; of two that differ, the second."
+    wrong: dict[Cell, str] = {}
+    seen = {cell: {test: tuple(sorted((g.id, g.label) for g in graded)) for test, graded in m.tests.items()} for cell, m in measured.items()}
+    for test in dict.fromkeys(test for m in measured.values() for test in m.tests):
+        here = {cell: tests[test] for cell, tests in seen.items() if test in tests and cell not in wrong}
+        usual = Counter(here.values()).most_common(1)[0][0]  # of equally many the first
+        for cell, pictures in here.items():
+            strange, lacking = (sum((Counter(a) - Counter(b)).values()) for a, b in ((pictures, usual), (usual, pictures)))
+            if strange or lacking: wrong[cell] = f"{cell.name}: was tested on {len(pictures)} pictures of {test}, of which {strange} are not among the {len(usual)} of most cells, and {lacking} of those are missing; allowed: the same pictures with the same labels in every cell"
+    return wrong
 
 # %% ../nbs/15_experiments.ipynb #20b4660c
 @dataclass(frozen=True)
@@ -495,10 +568,10 @@ class Score:
 def score(
     runs: Sequence[Sequence[Graded]],  # one a seed, on the same test set
 ) -> Score:
-    "Returns what a table shows of these runs; raises ValueError where they saw different numbers of pictures."
-    sizes = {len(run) for run in runs}
-    if len(sizes) != 1: raise ValueError(f"runs on {', '.join(map(str, sorted(sizes)))} pictures; allowed: one or more runs, all on the same pictures")
-    n, correct = sizes.pop(), [sum(g.correct for g in run) for run in runs]
+    "Returns what a table shows of these runs; raises ValueError where they saw different pictures."
+    pictures = {tuple(sorted(g.id for g in run)) for run in runs}
+    if len(pictures) != 1: raise ValueError(f"runs on {len(pictures)} different sets of {', '.join(map(str, sorted({len(p) for p in pictures}))) or 'no'} pictures; allowed: one or more runs, all on the same pictures")
+    n, correct = len(runs[0]), [sum(g.correct for g in run) for run in runs]
     middle = statistics.median_low(correct)
     every = [g for run in runs for g in run]
     return Score(tuple(k / n for k in correct), middle / n, wilson_interval(middle, n), n, mean_or_none(g.well_formed for g in every), mean_or_none(g.grounded for g in every))
@@ -597,12 +670,20 @@ def table_rows(
 def compare_rows(
     row: Row,
     base: Row,  # what it is compared with
+    problems: list[str] | None = None,  # grows by what could not be compared, and why; None: that is an error
 ) -> dict[str, Difference]:  # for each of `MEANS`, and each "training set -> test set"
-    "Returns a row's differences to another; what is missing in one of them is left out."
+    "Returns a row's differences to another; what is missing in one of them is left out. Raises ValueError for runs on different pictures where nobody is to be told."
     both = {where: runs for where, runs in row.runs.items() if runs and base.runs[where]}
     parts = {"A^I": [w for w in row.runs if w[0] == w[1]], "A^O": [w for w in row.runs if w[0] != w[1]], "A": list(row.runs), **{" -> ".join(w): [w] for w in row.runs}}
     whole = {name: where for name, where in parts.items() if where and all(w in both for w in where)}
-    return {name: bootstrap(*picture_differences({w: row.runs[w] for w in where}, {w: base.runs[w] for w in where})) for name, where in whole.items()}
+    found = {}
+    for name, where in whole.items():
+        try: found[name] = bootstrap(*picture_differences({w: row.runs[w] for w in where}, {w: base.runs[w] for w in where}))
+        except ValueError as error:
+            if problems is None: raise
+            line = f"{TITLES[row.method]} and {TITLES[base.method]}, G = {row.num_generations}: not compared, {error}"
+            if line not in problems: problems.append(line)
+    return found
 
 # %% ../nbs/15_experiments.ipynb #381e85a0
 @dataclass(frozen=True)
@@ -683,8 +764,9 @@ def paper_grid(
     trains = ("emoset", "emotion6")[:TABLES[name].train_sets]
     where = [(train, test) for train in trains for test in LABEL_SETS]
     def line(m, g): return (TITLES[m], str(g or "-"), *(f"{PAPER[m, g][w]:.2f}" for w in where), *(f"{v:.2f}" for v in in_and_out({w: PAPER[m, g][w] for w in where}).values()))
-    found = [line(m, g) for m, g in TABLES[name].rows if (m, g) in PAPER]
-    return Grid(f"The paper's {_called(name)}: real photographs, median of 3 runs of Qwen2.5-VL-3B, %", ("method", "G", *(f"{s} -> {t}" for s, t in where), *MEANS), tuple(found))
+    found = {row: line(*row) for row in TABLES[name].rows if row in PAPER}
+    other = f"; {TITLES['llava']} as its rows say, untrained" if any(method in REAL_ONLY for method, _ in found) else ""
+    return Grid(f"The paper's {_called(name)}: real photographs, median of 3 runs of Qwen2.5-VL-3B{other}, %", ("method", "G", *(f"{s} -> {t}" for s, t in where), *MEANS), tuple(found.values()))
 
 # %% ../nbs/15_experiments.ipynb #00cbaff6
 def _percent(value: float | None, digits: int = 1) -> str: return "-" if value is None else f"{100 * value:.{digits}f}"
@@ -721,13 +803,15 @@ def table_grids(
 def comparisons(
     name: str,  # one of `TABLES`
     rows: Sequence[Row],
+    problems: list[str] | None = None,  # grows by what could not be compared, and why
 ) -> dict[str, dict[tuple[str, int], dict[str, Difference]]]:  # the method compared with -> method and G -> `compare_rows`
-    "Returns how the trained rows differ from those that the table compares with, at the same G."
+    "Returns how the trained rows differ from those that the table compares with, at the same G. What cannot be compared is left out, and told in `problems`."
     found = {}
+    problems = [] if problems is None else problems
     for i, against in enumerate(TABLES[name].against):
         base = {r.num_generations: r for r in rows if r.method == against}
         others = [r for r in rows if r.method not in (*UNGROUPED, *TABLES[name].against[:i + 1]) and r.num_generations in base]  # each pair once
-        found[against] = {(r.method, r.num_generations): compare_rows(r, base[r.num_generations]) for r in others}
+        found[against] = {(r.method, r.num_generations): compare_rows(r, base[r.num_generations], problems) for r in others}
     return {against: by_row for against, by_row in found.items() if by_row}
 
 
@@ -760,12 +844,15 @@ def table_csv(
 # %% ../nbs/15_experiments.ipynb #68882f8c
 def read_curves(
     run: Measured,
-) -> dict:  # "train" and "validation": lists of (step, accuracy); "ended": None, or why the run ended early
+) -> dict:  # "train" and "validation": lists of (step, accuracy); "train_of": the groups whose training accuracy it is; "ended": None, or why the run ended early
     "Returns a run's accuracy through training; raises OSError or ValueError for metrics that cannot be read."
     rows = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    steps = [r for r in rows if "reward" in r]  # not the evaluations before and after
-    validated = [(r["step"], next((v for k, v in r.items() if re.fullmatch(r"eval/.+/accuracy", k)), None)) for r in steps]  # the first is of the training set
-    return {"train": [(r["step"], r["rewards/accuracy/mean"]) for r in steps], "validation": [(s, v) for s, v in validated if v is not None], "ended": run.summary.get("ended")}
+    ended, steps, in_vain = run.summary.get("ended"), [r for r in rows if "step_time" in r], [r for r in rows if "filter/kept" in r and "step_time" not in r]  # the draws after which a depleted run ended; other lines are of the test sets
+    found = [*((r["step"], r) for r in steps), *((ended["step"], r) for r in in_vain if ended)]
+    looked = [(step, next((v for k, v in r.items() if re.fullmatch(r"eval/.+/accuracy", k)), None)) for step, r in found]  # the first is of the training set
+    filtered, whole = any("filter/kept" in r for r in steps), all("filter/accuracy" in r for r in steps)
+    accuracy = "filter/accuracy" if filtered and whole else "rewards/accuracy/mean"
+    return {"train": [(r["step"], r[accuracy]) for r in steps if accuracy in r], "validation": sorted({step: v for step, v in looked if v is not None}.items()), "train_of": "groups that passed the filter" if filtered and not whole else "all groups drawn", "ended": ended}
 
 
 def _middle(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, float]]:
@@ -778,26 +865,30 @@ def _middle(curves: Sequence[Sequence[tuple[int, float]]]) -> list[tuple[int, fl
 COLOURS = {"grpo": "C3", "emo_r3": "C0", "dapo": "C2"}
 
 
+def _curve_notes(runs: Sequence[Mapping]) -> str:
+    early, partly = sum(bool(run["ended"]) for run in runs), any(run.get("train_of") == "groups that passed the filter" for run in runs)
+    notes = [*([f"x: {early} of {len(runs)} ended early"] if early else []), *(["train: only groups that passed the filter"] if partly else [])]
+    return f" ({'; '.join(notes)})" if notes else ""
+
+
 def draw_curves(
     curves: Mapping[str, Sequence[Mapping]],  # method -> one of `read_curves` a seed
 ) -> Figure:
-    "Returns train and validation accuracy through training: a thin line a seed, a thick one their median, a cross where a run ended early (Fig. 3)."
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    "Returns train and validation accuracy through training: a thin line a seed, a thick one their median, a cross where a run ended early; of a run without any value on an axis the cross stands at its foot (Fig. 3)."
+    figure, labels = Figure(figsize=(10, 4), layout="constrained"), {}
     for ax, kind in zip(figure.subplots(1, 2, sharey=True), ("train", "validation")):
-        for method, runs in curves.items():
-            colour = COLOURS.get(method)
+        for number, (method, runs) in enumerate(curves.items()):
+            colour = labels.setdefault(method, Line2D([], [], color=COLOURS.get(method, f"C{4 + number}"), lw=1.8, label=TITLES[method] + _curve_notes(runs))).get_color()
             for run in runs:
-                if not run[kind]: continue
-                ax.plot(*zip(*run[kind]), color=colour, alpha=.3, lw=.7)
-                if run["ended"]: ax.plot(*run[kind][-1], "x", color=colour, ms=9, mew=2)
-            early = sum(bool(run["ended"]) for run in runs)
-            if middle := _middle([run[kind] for run in runs]): ax.plot(*zip(*middle), color=colour, lw=1.8, label=TITLES[method] + (f" (x: {early} of {len(runs)} ended early)" if early else ""))
+                if run[kind]: ax.plot(*zip(*run[kind]), color=colour, alpha=.3, lw=.7, marker="." if len(run[kind]) == 1 else None)
+                if run["ended"]: ax.plot(run["ended"]["step"], run[kind][-1][1] if run[kind] else 0.02, "x", color=colour, ms=9, mew=2, transform=ax.transData if run[kind] else ax.get_xaxis_transform(), clip_on=False)
+            if middle := _middle([run[kind] for run in runs]): ax.plot(*zip(*middle), color=colour, lw=1.8)
         ax.set(title=f"{kind} accuracy", xlabel="step"); ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.grid(alpha=.3)
-    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=8)
+    figure.legend(handles=list(labels.values()), fontsize=8, ncols=len(labels), loc="outside lower center")
     return figure
 
 # %% ../nbs/15_experiments.ipynb #c4fd3d07
-CASE_RULE = "of the first seed's test pictures of the training set on which exactly one of the two methods is right, the one whose id has the smallest sha256"
+CASE_RULE = "of the test pictures of the training set, answered by the runs of the first seed that both methods have, on which exactly one of the two methods is right, the one whose id has the smallest sha256"
 
 
 def choose_case(
@@ -875,7 +966,7 @@ def draw_times(
 
 # %% ../nbs/15_experiments.ipynb #49ee1282
 def machine() -> dict:
-    "Returns what the figures were measured on: the code, the embedded policy, the processor, the libraries."
+    "Returns what this process runs on: the code, the embedded policy, the processor, the libraries."
     package = Path(emo_r3.__file__).parent
     def git(*words):
         try: return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True).stdout.strip()
@@ -888,6 +979,31 @@ def machine() -> dict:
             "cpu": cpu, "cores": os.cpu_count(), **versions}
 
 
+def run_commits(
+    measured: Mapping[Cell, Measured],
+) -> dict[str | None, int]:  # commit -> how many runs and evaluations; None: not known
+    "Returns the commits of the code that made the cells, the most frequent first."
+    return dict(Counter(made.get("commit") for m in measured.values() for made in m.made or ({},)).most_common())
+
+
+def origin_lines(
+    measured: Mapping[Cell, Measured],
+) -> list[str]:
+    "Returns what to say below a table about the code that made its runs."
+    commits, lines = run_commits(measured), []
+    known = [c for c in commits if c is not None]
+    if len(known) > 1: lines.append(f"The runs were made by {len(known)} commits: {', '.join(f'{c} ({commits[c]})' for c in known)}.")
+    elif known and None not in commits: lines.append(f"All runs were made by commit {known[0]}.")
+    elif known: lines.append(f"Of the runs {commits[known[0]]} were made by commit {known[0]}.")
+    if None in commits: lines.append(f"Of {commits[None]} of {sum(commits.values())} runs the commit is unknown: they did not note it.")
+    if any(c.endswith("+") for c in known): lines.append("A + stands for changes that were not committed.")
+    versions: dict[str, set[str]] = {}
+    for made in (made for m in measured.values() for made in m.made):
+        for name, version in (made.get("versions") or {}).items(): versions.setdefault(name, set()).add(str(version))
+    if mixed := {name: found for name, found in versions.items() if len(found) > 1 and name != "threads"}: lines.append(f"The runs' environments differ: {'; '.join(f'{name} {chr(44).join(sorted(found))}' for name, found in mixed.items())}.")
+    return lines
+
+
 def table_record(
     name: str,  # one of `TABLES`
     rows: Sequence[Row],
@@ -896,9 +1012,10 @@ def table_record(
 ) -> dict:
     "Returns a table as plain JSON values."
     cells = lambda row: [{"train": train, "test": test, "in_domain": train == test, **(asdict(s) if s else {"accuracies": []})} for (train, test), s in row.scores.items()]
-    differences = [{"method": m, "num_generations": g, "against": against, "where": where, **asdict(d)} for against, by_row in comparisons(name, rows).items() for (m, g), found in by_row.items() for where, d in found.items()]
+    problems: list[str] = []
+    differences = [{"method": m, "num_generations": g, "against": against, "where": where, **asdict(d)} for against, by_row in comparisons(name, rows, problems).items() for (m, g), found in by_row.items() for where, d in found.items()]
     return {"rows": [{"method": r.method, "title": TITLES[r.method], "num_generations": r.num_generations, "means": r.means, "cells": cells(r)} for r in rows],
-            "differences": differences, "runs": [m.to_dict() for m in measured.values()], "vanilla_prompt": VANILLA_PROMPT[sets.name]}
+            "differences": differences, "not_compared": problems, "runs": [m.to_dict() for m in measured.values()], "vanilla_prompt": VANILLA_PROMPT[sets.name]}
 
 # %% ../nbs/15_experiments.ipynb #b7e11dab
 def write_table(
@@ -913,13 +1030,15 @@ def write_table(
 ) -> str:  # for the terminal
     "Writes a table as .csv, .md, .tex and .json; returns it as text."
     rows = table_rows(name, measured, sets, seeds, methods)
-    grids = table_grids(name, rows, sets, beside=not sets.embedded and trial == Trial()) + comparison_grids(comparisons(name, rows))
-    early = [f"{m.cell.name} ended early, after step {m.summary['ended'].get('step')}: {m.summary['ended'].get('why')}." for m in measured.values() if m.summary.get("ended")]
+    problems: list[str] = []
+    grids = table_grids(name, rows, sets, beside=not sets.embedded and trial == Trial()) + comparison_grids(comparisons(name, rows, problems))
+    below = [*origin_lines(measured), *problems]
+    below += [f"{m.cell.name} ended early, after step {m.summary['ended'].get('step')}: {m.summary['ended'].get('why')}." for m in measured.values() if m.summary.get("ended")]
     if sets.embedded: grids.append(paper_grid(name))
-    for kind, text in (("csv", table_csv(name, rows, sets)), ("md", "\n\n".join([*map(grid_markdown, grids), *early]) + "\n"), ("tex", "\n\n".join(map(grid_latex, grids)) + "\n"),
+    for kind, text in (("csv", table_csv(name, rows, sets)), ("md", "\n\n".join([*map(grid_markdown, grids), *below]) + "\n"), ("tex", "\n\n".join(map(grid_latex, grids)) + "\n"),
                        ("json", json.dumps({**about, **table_record(name, rows, sets, measured)}, indent=1) + "\n")):
         write_whole(output / f"{name}.{kind}", text)
-    return "\n\n".join([*map(grid_text, grids), *early])
+    return "\n\n".join([*map(grid_text, grids), *below])
 
 
 def write_figure(
@@ -949,7 +1068,10 @@ def write_figure(
 
 
 def _case(by_method: Mapping[str, list[Measured]], sets: DataSets) -> tuple[Figure, dict]:
-    (one, *_), (other, *_) = by_method["grpo"], by_method["emo_r3"]  # the first seed of each
+    seeds = {method: {m.cell.seed: m for m in by_method[method]} for method in ("grpo", "emo_r3")}
+    both = sorted(seeds["grpo"].keys() & seeds["emo_r3"].keys())
+    if not both: raise ValueError(f"figure4: finished are {' and '.join(f'{TITLES[method]} with seed ' + ', '.join(map(str, sorted(found))) for method, found in seeds.items())}; allowed: one seed or more that both have")
+    one, other = (seeds[method][both[0]] for method in ("grpo", "emo_r3"))
     train = one.cell.train
     id, counts = choose_case(one.tests[train], other.tests[train])
     answers = {TITLES[m.cell.method]: next(g for g in m.tests[train] if g.id == id) for m in (one, other)}
@@ -987,7 +1109,8 @@ def collect_cells(
         try: found = collect_cell(cell, ts, sets)
         except (OSError, ValueError, KeyError) as error: wrong[cell] = f"{cell.name}: {type(error).__name__}: {error}"
         else: measured |= {cell: found} if found else {}
-    return measured, wrong
+    strays = check_same_pictures(measured)
+    return {cell: m for cell, m in measured.items() if cell not in strays}, wrong | strays
 
 
 def experiment(
@@ -1019,7 +1142,7 @@ def experiment(
     failed = {} if collect else run_cells(tasks, Runner(folder / "logs", launch, single=at_once > 1), at_once, say)
     measured, wrong = collect_cells(tasks, sets)
     missing = [cell.name for cell in tasks if cell not in measured]
-    about = {"command": experiment_words(name, data, seeds, methods, trial, manifests), "experiment": name, "title": EXPERIMENTS[name].title, "data": sets.name, "at_once": at_once if ran else None, "machine": machine(), "missing": missing}
+    about = {"command": experiment_words(name, data, seeds, methods, trial, manifests), "experiment": name, "title": EXPERIMENTS[name].title, "data": sets.name, "at_once": at_once if ran else None, "commits": [{"commit": commit, "runs": n} for commit, n in run_commits(measured).items()], "collected_on": machine(), "missing": missing}
     target = folder if output is None else Path(output)
     target.mkdir(parents=True, exist_ok=True)
     say(write_table(name, measured, sets, numbers, methods, target, about, trial) if name in TABLES else write_figure(name, measured, sets, target, about))

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MODELS', 'AREAS', 'LIMITS', 'GPUS', 'PUBLISHED_PICTURES', 'MOMENTS', 'ALWAYS', 'NF4_BYTES', 'ROWS_AT_ONCE',
            'MAX_FEATURES', 'CHANGES', 'model_config', 'Parameters', 'count_parameters', 'Assumptions', 'Gpu',
-           'parse_gpus', 'usual_gpus', 'picture_grid', 'prompt_words', 'question_words', 'Sizes', 'sizes_of', 'Row',
-           'text_layer_bytes', 'vision_layer_bytes', 'Memory', 'rows_of', 'trains', 'memory_of', 'step_costs',
-           'reflection_cost', 'Phase', 'decode_phase', 'phases_of', 'Plan', 'plan_run', 'evaluation_s', 'plan_table',
-           'choices_table']
+           'parse_gpus', 'usual_gpus', 'picture_grid', 'prompt_words', 'question_words', 'manifest_rows',
+           'tested_pictures', 'validation_pictures', 'Sizes', 'sizes_of', 'Row', 'text_layer_bytes',
+           'vision_layer_bytes', 'Memory', 'rows_of', 'trains', 'memory_of', 'step_costs', 'reflection_cost', 'Phase',
+           'decode_phase', 'phases_of', 'Plan', 'plan_run', 'evaluation_s', 'plan_table', 'choices_table']
 
 # %% ../nbs/15b_plan.ipynb #1c12e635
 import json
@@ -194,6 +194,37 @@ def question_words(config: TrainConfig, assumed: Assumptions) -> tuple[int, int,
 PUBLISHED_PICTURES = {"emoset": (94_481, 17_716), "emotion6": (1_386, 594), "webemo": (213_952, 53_489)}  # to train on and to test on: rows of the published splits; of Emotion6, which has none, the paper's
 
 
+def manifest_rows(path: str | None, # a file that `emo-r3 data sample` wrote; None: there is none
+                 ) -> int | None:
+    "Returns how many pictures a manifest lists; None where it is not here."
+    if path is None or not Path(path).is_file(): return None
+    with Path(path).open(encoding="utf-8") as lines: return sum(bool(line.strip()) for line in lines)
+
+
+def _least(*counts: int | None) -> int: return min(n for n in counts if n is not None)
+
+
+def tested_pictures(config: TrainConfig,
+                    own: int | None = None, # pictures that the run's own test part has; None: not known
+                   ) -> int:
+    "Returns how many pictures a run is tested on, all its test sets together."
+    if config.data.partition(":")[0] == "scenes": return config.eval_size * len(DOMAINS)
+    published = lambda format: PUBLISHED_PICTURES[format][1] if format in PUBLISHED_PICTURES else None
+    others = [_least(config.eval_size, published(values.get("data_format")), manifest_rows(values.get("manifest"))) for values in config.eval_sets.values()]
+    return sum(others) + _least(config.eval_size, published(config.data_format) if own is None else own, manifest_rows(config.test_manifest))
+
+
+def validation_pictures(config: TrainConfig,
+                        steps: int,
+                        left: int | None = None, # pictures of the training part that are not trained on; None: not known, and enough
+                       ) -> int:
+    "Returns how many pictures a run is validated on, all times together: every `eval_every` steps and, where the best checkpoint is reported, after the last one; raises ValueError where that asks for pictures and none are left."
+    scenes = config.data.partition(":")[0] == "scenes"
+    a_time = config.eval_during * 2 if scenes else _least(config.eval_during, left)
+    if config.report == "best" and not a_time: raise ValueError("report = 'best': all training pictures are trained on, and none is left to choose by; allowed: a smaller train_size, or report = 'last'")
+    return a_time * ((steps - 1) // config.eval_every + (config.report == "best")) if config.eval_every else 0
+
+
 @dataclass(frozen=True)
 class Sizes:
     "How much of everything a run has; tokens are means."
@@ -207,7 +238,7 @@ class Sizes:
     rows: int  # of image tokens
     columns: int
     R: float  # tokens of a completion
-    evaluated: int  # pictures before, and again after
+    evaluated: int  # pictures after training, and as many before it where that is asked for
     evaluated_during: int  # pictures looked at during training, all times together
     prompt_from: str  # how P was found
     pictures_from: str  # how the pictures were counted
@@ -224,18 +255,18 @@ def sizes_of(config: TrainConfig,
             ) -> Sizes:
     "Returns a run's counts; raises ValueError where there are fewer pictures than a step takes."
     counted = "counted in the data" if pictures is not None else "by the published counts" if config.data_format else "by the recipe"
+    listed = manifest_rows(config.train_manifest)
+    if listed is not None: counted += "; the manifest's lines counted"
     if config.data_format and pictures is None: pictures, tested = PUBLISHED_PICTURES[config.data_format]
-    n = config.train_size if pictures is None else min(pictures, config.train_size)
+    n = _least(config.train_size, pictures, listed)
     if (steps := number_of_steps(config, n)) < 1: raise ValueError(f"train_size: {n} pictures are there; allowed: prompts_per_step = {config.prompts_per_step} or more")
     scenes = config.data.partition(":")[0] == "scenes"
     grid, words = picture_grid(config, model, (SCENE_PIXELS, SCENE_PIXELS) if scenes else assumed.picture), prompt_words(config, assumed)
     R = assumed.answer_tokens if config.method == "sft" else min(assumed.completion_tokens, config.max_completion_tokens)
-    domains = (len(DOMAINS) if scenes else 1) + len(config.eval_sets)
-    times = (steps - 1) // config.eval_every if config.eval_every else 0
-    evaluated = config.eval_size * domains if tested is None else min(tested, config.eval_size) + config.eval_size * (domains - 1)
+    during = validation_pictures(config, steps, None if pictures is None else pictures - n)
     local = config.policy == "embedded" or Path(config.policy).is_dir()
     return Sizes(n, steps, steps * config.epochs_per_step * config.prompts_per_step // config.prompts_per_update, config.prompts_per_step, config.prompts_per_step / (assumed.groups_kept if config.filter_key != "none" else 1),
-                 1 if config.method == "sft" else config.num_generations, words + grid[0] * grid[1], *grid, R, evaluated, times * config.eval_during * (2 if scenes else 1),
+                 1 if config.method == "sft" else config.num_generations, words + grid[0] * grid[1], *grid, R, tested_pictures(config, tested), during,
                  "counted by the policy's tokenizer" if local else f"estimated at {assumed.characters_per_token:g} characters a token", counted)
 
 # %% ../nbs/15b_plan.ipynb #a6c091cd
@@ -370,7 +401,7 @@ def step_costs(config: TrainConfig,
     decode = s.text(G * (R - 1), G * (R - 1), G * (R - 1) * P + G * (R - 1) * R / 2)
     out = {"prefill": prefill * sizes.drawn, "decode": decode * sizes.drawn} | out
     if config.method == "emo_r3" and config.lambda_reflective != 0: out["reflect"] = reflection_cost(config, s, sizes, assumed) * sizes.drawn
-    if sizes.updates > sizes.steps: out["old policy"] = forward * B
+    if sizes.updates > sizes.steps or config.tis_cap is not None: out["old policy"] = forward * B
     if config.beta > 0: out["reference"] = (forward + (picture if sees else Cost()) * times) * B
     return {name: out[name] for name in ("prefill", "decode", "reflect", "old policy", "reference", "update") if name in out}
 

@@ -15,7 +15,7 @@ import emo_r3.policy
 from emo_r3 import cli
 from emo_r3.groups import Shape, checkpointed, encode_pictures, group_logps
 from emo_r3.plan import (GPUS, LIMITS, MODELS, NF4_BYTES, Assumptions, Row, choices_table, count_parameters, memory_of, model_config, parse_gpus, phases_of, picture_grid, plan_run, plan_table, rows_of, sizes_of,
-                         step_costs, text_layer_bytes, usual_gpus, vision_layer_bytes)
+                         step_costs, text_layer_bytes, usual_gpus, validation_pictures, vision_layer_bytes)
 from emo_r3.policy import EMBEDDED_POLICY, Prompts, add_lora, encode_prompts, load_policy, load_processor
 from emo_r3.prompts import method_messages
 from emo_r3.scenes import make_scenes
@@ -51,7 +51,8 @@ def test_the_full_scale_recipes_are_the_paper_s():
         assert (c.max_completion_tokens, c.min_pixels, c.max_pixels, c.weight_decay, c.seed, c.freeze_vision, c.lora_rank) == (2048, 262_144, 4_194_304, 0.01, 1, False, 0)
     assert (emoset.epochs, emoset.label_set, emoset.data_format, emotion6.epochs, emotion6.label_set, emotion6.data_format) == (20, "emoset8", "emoset", 30, "emotion6", "emotion6")
     dapo = recipe("emoset_8gpu_dapo")
-    assert (dapo.epsilon_low, dapo.epsilon_high, dapo.beta, dapo.filter_key, dapo.filter_low, dapo.filter_high, dapo.max_refills, dapo.average) == (0.2, 0.28, 0, "overall", 0.01, 0.99, 20, "token")
+    assert (dapo.epsilon_low, dapo.epsilon_high, dapo.beta, dapo.filter_key, dapo.filter_low, dapo.filter_high, dapo.max_refills, dapo.average, dapo.delta) == (0.2, 0.28, 0, "overall", 0.01, 0.99, 20, "token", 3.0)
+    assert "delta: 3.0  # EasyR1's DAPO example" in (cli.RECIPES / "emoset_8gpu_dapo.yaml").read_text(encoding="utf-8")
     assert recipe("emoset_8gpu_sft").epochs == 1 and recipe("emoset_1gpu_4bit").four_bit and recipe("emoset_1gpu_lora").lora_rank
 
 
@@ -77,6 +78,51 @@ def test_what_is_there_decides_and_too_little_is_refused():
     config, model = recipe("emoset_8gpu"), model_config(THREE_B)
     assert sizes_of(config, model, pictures=1100, tested=300).steps == 40 and sizes_of(config, model, pictures=1100, tested=300).evaluated == 300
     with pytest.raises(ValueError, match="511 pictures are there; allowed: prompts_per_step = 512"): sizes_of(config, model, pictures=511)
+
+
+def test_evaluations_by_hand():
+    model, others = model_config(THREE_B), {"eval_sets": json.dumps({"emotion6": {"data": "b", "data_format": "emotion6", "label_set": "emotion6"}, "webemo": {"data": "c", "data_format": "webemo", "label_set": "webemo7"}})}
+    z = lambda name, **more: sizes_of(recipe(name, **{"eval_every": 10, "eval_during": 500} | more), model)
+    assert z("emoset_8gpu", **others).evaluated == 2000 + 594 + 2000 and z("emoset_8gpu", eval_size=100, **others).evaluated == 300
+    assert z("emoset_8gpu").evaluated_during == 7 * 500 and z("emoset_8gpu", report="best").evaluated_during == 8 * 500  # after 10, ..., 70 of 80 steps, and after the last where the best is chosen
+    assert z("emoset_8gpu", report="best", eval_every=15).evaluated_during == 6 * 500 and z("emoset_8gpu", eval_every=0).evaluated_during == 0
+    assert z("emotion6_8gpu").evaluated_during == 0 and z("emotion6_8gpu", train_size=1186).evaluated_during == 5 * 200 and z("emotion6_8gpu", train_size=1186, report="best").evaluated_during == 6 * 200
+    with pytest.raises(ValueError, match="report = 'best': all training pictures are trained on"): z("emotion6_8gpu", report="best")
+    assert sizes_of(recipe("emoset_8gpu", eval_every=10, eval_during=500), model, pictures=2400, tested=300).evaluated_during == 7 * 300  # 300 are left of 2,400
+    tiny = sizes_of(recipe("scenes_cpu", report="best", eval_every=10, eval_during=128), model_config("embedded"))
+    assert tiny.evaluated_during == 10 * 2 * 128 and tiny.evaluated == 4 * 192
+
+
+def test_a_run_is_validated_as_often_as_planned(tmp_path):
+    "Counted in the metrics that training writes."
+    import test_resume
+    taught = replace(test_resume.BASE, method="sft", num_generations=1, beta=0.0, max_steps=4, save_every=1)
+    for report, every in (("last", 2), ("best", 2), ("best", 3)):
+        config, folder = replace(taught, report=report, eval_every=every), tmp_path / f"{report}{every}"
+        test_resume.go(config, folder)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seen = sum("step_time" in r and any(k.startswith("eval/") for k in r) for r in rows)
+        assert seen == validation_pictures(config, 4) / (2 * config.eval_during), (report, every)  # of two domains
+
+
+def test_manifests_are_counted_where_they_are(tmp_path):
+    model = model_config(THREE_B)
+    for n in (1100, 300):
+        (tmp_path / f"{n}.jsonl").write_text("".join(json.dumps({"id": str(i), "label": "awe", "sha256": "0"}) + "\n" for i in range(n)))
+    z = sizes_of(recipe("emoset_8gpu", train_manifest=tmp_path / "1100.jsonl", test_manifest=tmp_path / "300.jsonl", eval_every=10), model)
+    assert (z.pictures, z.steps, z.evaluated) == (1100, 40, 300) and "the manifest's lines counted" in z.pictures_from  # 1,100 // 512 = 2 batches an epoch
+    assert sizes_of(recipe("emoset_8gpu", train_manifest=tmp_path / "1100.jsonl", train_size=600), model).pictures == 600  # it is a pool
+    assert sizes_of(recipe("emoset_8gpu", train_manifest=tmp_path / "1100.jsonl"), model, pictures=1100, tested=5).pictures == 1100
+    assert sizes_of(recipe("emoset_8gpu", train_manifest=tmp_path / "nowhere.jsonl"), model).pictures == 2100
+    with pytest.raises(ValueError, match="300 pictures are there"): sizes_of(recipe("emoset_8gpu", train_manifest=tmp_path / "300.jsonl"), model)
+    eval_sets = json.dumps({"webemo": {"data": "c", "data_format": "webemo", "label_set": "webemo7", "manifest": str(tmp_path / "300.jsonl")}})
+    assert sizes_of(recipe("emoset_8gpu", eval_sets=eval_sets), model).evaluated == 2300
+
+
+def test_truncated_importance_sampling_scores_under_the_old_policy():
+    model = model_config(THREE_B)
+    phases = lambda **more: list(step_costs(c := recipe("emoset_8gpu", prompts_per_update=512, **more), Shape.of(model), sizes_of(c, model)))
+    assert "old policy" not in phases() and "old policy" in phases(tis_cap=2.0)  # one update a step
 
 
 def test_dapo_draws_more_and_sft_draws_nothing():
