@@ -123,6 +123,7 @@ def run_config(recipe: str, # a name or a path
     "Returns a run's configuration; raises FileNotFoundError or ValueError, naming recipe or field, for what cannot work."
     from emo_r3.train import TrainConfig, make_config
     name, values = read_recipe(recipe)
+    if options.get("method") == "sft": options = {"num_generations": "1", "beta": "0"} | dict(options)  # what a recipe for sampling sets
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     values = {n: field_value(f"recipe {recipe}: {n}", v, kinds[n]) if n in kinds else v for n, v in values.items()}  # make_config names the unknown
     return name, make_config(values | {n: parse_option(n, text, kinds[n]) for n, text in options.items()}, where=f"recipe {recipe}")
@@ -189,7 +190,9 @@ def _chosen(config: "TrainConfig", split: str, n: int, seed: int, manifest: str 
     "At most n rows by the seed, of those that a manifest lists or of all; and what is left of all."
     found = _loaded(config, split, set_aside)
     listed = found if manifest is None else read_manifest(manifest, found)
-    if manifest is not None: manifests[manifest] = manifest_sha256(manifest)
+    if manifest is not None:
+        manifests[manifest] = manifest_sha256(manifest)
+        if len(listed) > n: print(f"emo-r3: {n} of the {len(listed)} rows of manifest {manifest} are taken ({split}_size)".replace("test_size", "eval_size"), file=sys.stderr)
     chosen = listed if len(listed) <= n else subsample(listed, n, seed)
     taken = {x.id for x in chosen}
     return chosen, [x for x in found if x.id not in taken]
@@ -225,6 +228,7 @@ def other_set(config: "TrainConfig", # a run's
     known = ("data", "data_format", "label_set", "label_map", "image_column", "label_column", "manifest")
     if not isinstance(values, Mapping) or not values.get("data"): raise ValueError(f"eval_sets: {name} = {_SHORT.repr(values)}; allowed: a mapping with data, and {', '.join(known[1:])} where they are needed")
     for field_name in values: check_choice(f"eval_sets: {name}, field", field_name, known)
+    if str(values["data"]).partition(":")[0] == "scenes": raise ValueError(f"eval_sets: {name}, data = {values['data']!r}; allowed: the path of pictures, or a hub id ('emo-r3 evaluate POLICY scenes' measures a run's policy on scenes)")
     return replace(config, **{"data_format": None, "image_column": None, "label_column": None, "label_map": {}} | {k: v for k, v in values.items() if k != "manifest"})
 
 
@@ -341,8 +345,10 @@ def run(config: "TrainConfig", # every choice
         if ranks.first:
             for when, by_domain in reports.items(): write_predictions(Path(output_dir) / "predictions" / f"{when}.jsonl", by_domain)
         return {"comparison": {domain: compare(before, reports["after"][domain]).to_dict() for domain, before in reports.get("before", {}).items()}, **({"manifests": data.manifests} if data.manifests else {})}
-    train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe, conclude=conclude, resume=resume, accept_changes=accept_changes, quarantined=len(aside), ranks=ranks)
+    summary = train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe, conclude=conclude, resume=resume, accept_changes=accept_changes, quarantined=len(aside), ranks=ranks)
     if not ranks.first: return Path(output_dir) / "report.html"
+    if "reported" in summary: print(f"measured and saved: {summary['reported']['checkpoint']}, the best on validation pictures ({summary['reported']['validation_accuracy']:.1%} there)")
+    print(f"greedy answers on {config.eval_size} test pictures a domain at most; accuracy and shares in %, with 95 % intervals; changes in points, p by McNemar's test")
     print(before_after_table(measure.reports["before"], measure.reports["after"]) if config.evaluate_before else report_table(measure.reports["after"]))
     return RunReport(output_dir).write()
 
@@ -414,8 +420,13 @@ def interrupted(folder: Path, # of the run
 # %% ../nbs/18_cli.ipynb #5224883f
 def train_command(args: argparse.Namespace) -> None:
     "Train a policy; shows progress, then a table of before and after, and last the path of the report."
-    if getattr(args, "dry_run", False): return plan_command(args)
-    name, config = run_config(args.recipe, given_fields(args))
+    given = given_fields(args)
+    if getattr(args, "dry_run", False):
+        if "data" in given and given["data"].partition(":")[0] != "scenes" and not Path(given["data"]).exists(): raise FileNotFoundError(f"--data {given['data']}: no such file or folder; 'emo-r3 plan' reckons with the published counts where the data is elsewhere")
+        return plan_command(args)
+    for option in _PLANNING:
+        if hasattr(args, option): raise ValueError(f"--{option}: allowed with --dry-run; a run takes the devices that are here")
+    name, config = run_config(args.recipe, given)
     from emo_r3.checkpoint import Stopped, StopSignals
     from emo_r3.ranks import Ranks
     ranks = Ranks(config.rank_timeout_s)
@@ -599,6 +610,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
         measure = lambda xs, domain: sepm_report(model, processor, xs, SEPM_METHODS[args.method], templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, progress=domain)
     else: measure = lambda xs, domain: evaluate(PolicySampler(model, processor), xs, method=args.method, templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, judge=judge, weights=RewardWeights.preset(args.preset), progress=domain)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=args.precision == "bf16"): reports = {domain: measure(xs, domain) for domain, xs in data.items()}
+    print("greedy answers; accuracy and shares in %, with 95 % intervals (page 14 explains the columns)")
     print(report_table(reports))
     if args.predictions: write_predictions(args.predictions, reports)
     if args.output:

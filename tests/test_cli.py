@@ -238,7 +238,7 @@ def test_train_on_own_pictures(folder, tiny, capsys):
 def test_evaluate_prints_a_table_and_writes_its_figures(folder, tiny, capsys):
     code, out, err = run_main(capsys, "evaluate", tiny / "policy", "scenes", "--size", 2, "--max-tokens", 4, "--output", "figures.json")
     assert code == 0, err
-    assert [line.split()[:2] for line in out.splitlines()[2:]] == [[d, "2"] for d in DOMAINS]
+    assert [line.split()[:2] for line in out.splitlines()[3:]] == [[d, "2"] for d in DOMAINS]
     figures = json.loads(Path("figures.json").read_text())
     assert list(figures["domains"]) == list(DOMAINS) and figures["domains"]["faces"]["label_set"] == "emotion6" and figures["data"] == "scenes"
     assert os.listdir() == ["figures.json"]

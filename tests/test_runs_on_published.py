@@ -115,3 +115,18 @@ def test_the_preset_s_check_of_the_form_counts(tmp_path, capsys):
 @pytest.mark.parametrize("words", ["--resume never", "--dry-run", "--output-dir x", "--accept-changes"])
 def test_training_options_of_an_experiment_are_fields(words, capsys):
     assert main(["experiment", "table3", "--dry-run", f"--train-options={words}"]) == 2 and f"--train-options: '{words.split()[0]}' is no field of a run" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_data_that_is_not_there_fails_and_devices_are_for_dry_runs(capsys):
+    assert main(["train", "emoset_8gpu", "--dry-run", "--data", "no/such"]) == 2 and "--data no/such: no such file or folder" in capsys.readouterr().err
+    assert main(["train", "scenes_cpu", "--gpus", "8xH20"]) == 2 and "--gpus: allowed with --dry-run" in capsys.readouterr().err
+
+
+def test_sft_by_its_name_alone():
+    _, config = run_config("scenes_cpu", {"method": "sft"})
+    assert (config.num_generations, config.beta) == (1, 0.0)
+    with pytest.raises(ValueError, match="beta = 0.1; allowed with method = 'sft': 0"): run_config("scenes_cpu", {"method": "sft", "beta": "0.1"})
+
+
+def test_scenes_are_no_further_set(sets):
+    with pytest.raises(ValueError, match="eval_sets: x, data = 'scenes:faces'; allowed: the path of pictures"): run_data(run_config("scenes_cpu", {**sets["emoset"], "train_size": "4", "prompts_per_step": "4", "prompts_per_update": "4", "eval_sets": "{x: {data: 'scenes:faces', label_set: emotion6}}"})[1])
