@@ -7,15 +7,15 @@ __all__ = ['TITLES', 'REAL_ONLY', 'UNTRAINED', 'UNGROUPED', 'EMBEDDED_SETS', 'LA
            'METHOD_OPTIONS', 'RECIPE', 'EVERY_RUN', 'WORLD_OPTIONS', 'TRAIN_OPTIONS', 'SFT_OPTIONS', 'COLD_OPTIONS',
            'COLD_RUN', 'VANILLA_PROMPT', 'LLAVA', 'CELLS_OWN', 'MEANS', 'DRAWS', 'PAPER', 'CSV_COLUMNS', 'COLOURS',
            'CASE_RULE', 'PHASES', 'Cell', 'DataSets', 'read_data_sets', 'Experiment', 'experiment_rows', 'row_cells',
-           'experiment_cells', 'Trial', 'data_options', 'cell_options', 'cold_options', 'Task', 'option_words',
-           'train_task', 'recipe_fields', 'evaluate_tasks', 'cell_tasks', 'shell_line', 'last_words',
+           'experiment_cells', 'Trial', 'runs_folder', 'data_options', 'cell_options', 'cold_options', 'Task',
+           'option_words', 'train_task', 'recipe_fields', 'evaluate_tasks', 'cell_tasks', 'shell_line', 'last_words',
            'evaluation_record', 'Runner', 'run_cells', 'task_config', 'check_same_run', 'check_same_evaluation',
-           'Measured', 'collect_cell', 'check_same_pictures', 'Score', 'score', 'in_and_out', 'Difference', 'bootstrap',
-           'picture_differences', 'Row', 'table_rows', 'compare_rows', 'Grid', 'grid_text', 'grid_markdown',
-           'latex_text', 'grid_latex', 'paper_grid', 'table_grids', 'comparisons', 'comparison_grids', 'table_csv',
-           'read_curves', 'draw_curves', 'choose_case', 'tested_picture', 'draw_case', 'step_times', 'draw_times',
-           'machine', 'run_commits', 'origin_lines', 'table_record', 'write_table', 'write_figure', 'experiment_words',
-           'collect_cells', 'experiment']
+           'check_before_running', 'Measured', 'collect_cell', 'check_same_pictures', 'Score', 'score', 'in_and_out',
+           'Difference', 'bootstrap', 'picture_differences', 'Row', 'table_rows', 'compare_rows', 'Grid', 'grid_text',
+           'grid_markdown', 'latex_text', 'grid_latex', 'paper_grid', 'table_grids', 'comparisons', 'comparison_grids',
+           'table_csv', 'read_curves', 'draw_curves', 'choose_case', 'tested_picture', 'draw_case', 'step_times',
+           'draw_times', 'machine', 'run_commits', 'origin_lines', 'table_record', 'write_table', 'write_figure',
+           'experiment_words', 'collect_cells', 'experiment']
 
 # %% ../nbs/15_experiments.ipynb #12f46af9
 import csv
@@ -35,7 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import get_args
@@ -239,6 +239,22 @@ class Trial:
         "The configuration fields that it replaces."
         known = {name: str(value) for name in ("max_steps", "eval_size", "policy") if (value := getattr(self, name)) is not None}
         return known | dict(self.options)
+
+    @property
+    def title(self) -> str:
+        "What tables and figures call it, such as TRIAL: 2 steps, 8 pictures a set; empty where nothing is changed."
+        words = {"max_steps": "{} steps", "eval_size": "{} pictures a set", "policy": "another policy"}
+        said = [words.get(name, f"{name} = {{}}").format(value) for name, value in self.fields.items()]
+        return f"TRIAL: {', '.join(said)}" if said else ""
+
+
+def runs_folder(
+    runs: str | Path,  # where all runs are kept
+    sets: DataSets,
+    trial: Trial = Trial(),
+) -> Path:
+    "Returns the folder of an experiment's runs and files: one for the data sets, and another for trials on them."
+    return Path(runs) / f"{sets.name}{'-trial' if trial.title else ''}"
 
 
 def data_options(
@@ -471,7 +487,7 @@ def check_same_run(
     if strange := [name for name in stored if name not in wanted]: raise ValueError(f"{folder / 'config.yaml'}: {', '.join(map(str, strange))}; allowed: the fields of a run's configuration")
     found = default | stored  # a field that came later has its default
     if other := [name for name in wanted if not (_same_policy(task, wanted[name], found[name]) if name == "policy" else wanted[name] == found[name])]:
-        raise ValueError(f"{folder}: was run with {', '.join(f'{name} = {found[name]!r}, wanted: {wanted[name]!r}' for name in other)}; allowed: remove that folder, or name another one for the runs")
+        raise ValueError(f"{folder}: was run with {', '.join(f'{name} = {found[name]!r}, wanted: {wanted[name]!r}' for name in other)}; allowed: remove that folder, or name another place for the runs with --runs")
 
 
 def check_same_evaluation(
@@ -481,8 +497,21 @@ def check_same_evaluation(
     if not task.record.exists(): raise ValueError(f"{task.leaves}: {task.record.name} is not beside it, so nobody knows how it was made; allowed: run the experiment again without --collect, which makes it anew")
     found, wanted = json.loads(task.record.read_text(encoding="utf-8")), evaluation_record(task)
     for name, value in wanted.items():
-        if found.get(name) != value: raise ValueError(f"{task.leaves}: was made with {name} = {_unlike(found.get(name), value)}, wanted: {_unlike(value, found.get(name))}; allowed: remove that folder, or name another one for the runs")
+        if found.get(name) != value: raise ValueError(f"{task.leaves}: was made with {name} = {_unlike(found.get(name), value)}, wanted: {_unlike(value, found.get(name))}; allowed: remove that folder, or name another place for the runs with --runs")
     return {name: found.get(name) for name in ("commit", "versions")}
+
+
+def check_before_running(
+    tasks: Mapping[Cell, Sequence[Task]],
+) -> None:
+    "Raises ValueError, before anything is run, where a folder holds another run or evaluation than is asked for, finished or not; the first one is described, the others are counted."
+    wrong = []
+    for task in dict.fromkeys(task for ts in tasks.values() for task in ts):
+        try:
+            if task.test is None and task.leaves.with_name("config.yaml").exists(): check_same_run(task)
+            elif task.test is not None and task.done: check_same_evaluation(task)
+        except ValueError as error: wrong.append(str(error))
+    if wrong: raise ValueError(wrong[0] + (f" ({len(wrong) - 1} more are of another making)" if wrong[1:] else "") + "; nothing was run")
 
 
 def _unlike(words: object, others: object) -> str: # what one command has and the other has not
@@ -598,6 +627,7 @@ class Difference:
     ci95: tuple[float, float]
     p_value: float  # two-sided
     n: int  # pictures
+    differing: int  # of these, the ones whose difference is not 0
 
 
 def bootstrap(
@@ -616,7 +646,7 @@ def bootstrap(
         mean += weight * float(np.mean(d))
     low, high = np.quantile(drawn, (0.025, 0.975))
     wrong = 1 + min((drawn <= 1e-8).sum(), (drawn >= -1e-8).sum())  # a zero made of rounded thirds is a zero
-    return Difference(mean, (float(low), float(high)), min(1.0, 2 * float(wrong) / (draws + 1)), sum(map(len, differences)))
+    return Difference(mean, (float(low), float(high)), min(1.0, 2 * float(wrong) / (draws + 1)), sum(map(len, differences)), sum(int(np.count_nonzero(np.round(d, 9))) for d in differences))
 
 # %% ../nbs/15_experiments.ipynb #6f259322
 def picture_differences(
@@ -780,6 +810,7 @@ def _score_text(s: Score | None, paper: float | None) -> str:
 
 def _difference_text(d: Difference | None) -> str:
     if d is None: return "-"
+    if not d.differing: return "no picture differs"
     return f"{100 * d.mean:+.1f} [{100 * d.ci95[0]:+.1f}, {100 * d.ci95[1]:+.1f}] p {'<0.001' if d.p_value < 0.001 else f'{d.p_value:.3f}'}"
 
 
@@ -876,13 +907,14 @@ def draw_curves(
 ) -> Figure:
     "Returns train and validation accuracy through training: a thin line a seed, a thick one their median, a cross where a run ended early; of a run without any value on an axis the cross stands at its foot (Fig. 3)."
     figure, labels = Figure(figsize=(10, 4), layout="constrained"), {}
+    dots = lambda kind, curve: "o" if kind == "validation" or len(curve) == 1 else None  # validations are few, and a line of one point is none
     for ax, kind in zip(figure.subplots(1, 2, sharey=True), ("train", "validation")):
         for number, (method, runs) in enumerate(curves.items()):
             colour = labels.setdefault(method, Line2D([], [], color=COLOURS.get(method, f"C{4 + number}"), lw=1.8, label=TITLES[method] + _curve_notes(runs))).get_color()
             for run in runs:
-                if run[kind]: ax.plot(*zip(*run[kind]), color=colour, alpha=.3, lw=.7, marker="." if len(run[kind]) == 1 else None)
+                if run[kind]: ax.plot(*zip(*run[kind]), color=colour, alpha=.3, lw=.7, marker=dots(kind, run[kind]), ms=2)
                 if run["ended"]: ax.plot(run["ended"]["step"], run[kind][-1][1] if run[kind] else 0.02, "x", color=colour, ms=9, mew=2, transform=ax.transData if run[kind] else ax.get_xaxis_transform(), clip_on=False)
-            if middle := _middle([run[kind] for run in runs]): ax.plot(*zip(*middle), color=colour, lw=1.8)
+            if middle := _middle([run[kind] for run in runs]): ax.plot(*zip(*middle), color=colour, lw=1.8, marker=dots(kind, middle), ms=4)
         ax.set(title=f"{kind} accuracy", xlabel="step"); ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.grid(alpha=.3)
     figure.legend(handles=list(labels.values()), fontsize=8, ncols=len(labels), loc="outside lower center")
     return figure
@@ -1031,7 +1063,8 @@ def write_table(
     "Writes a table as .csv, .md, .tex and .json; returns it as text."
     rows = table_rows(name, measured, sets, seeds, methods)
     problems: list[str] = []
-    grids = table_grids(name, rows, sets, beside=not sets.embedded and trial == Trial()) + comparison_grids(comparisons(name, rows, problems))
+    grids = table_grids(name, rows, sets, beside=not sets.embedded and not trial.title) + comparison_grids(comparisons(name, rows, problems))
+    if trial.title: grids = [replace(grid, title=f"{trial.title}. {grid.title}") for grid in grids]
     below = [*origin_lines(measured), *problems]
     below += [f"{m.cell.name} ended early, after step {m.summary['ended'].get('step')}: {m.summary['ended'].get('why')}." for m in measured.values() if m.summary.get("ended")]
     if sets.embedded: grids.append(paper_grid(name))
@@ -1047,6 +1080,7 @@ def write_figure(
     sets: DataSets,
     output: Path,  # folder
     about: Mapping,  # what the record begins with
+    trial: Trial = Trial(),
 ) -> str:  # for the terminal
     "Writes a figure as .png, and its numbers as .json; returns them as text. Raises ValueError where a method that it shows has no run."
     by_method: dict[str, list[Measured]] = {method: [m for c, m in measured.items() if c.method == method] for method, _ in FIGURES[name].rows}
@@ -1057,23 +1091,28 @@ def write_figure(
         figure = draw_curves(numbers)
     else:
         if missing := [method for method, runs in by_method.items() if not runs]: raise ValueError(f"{name}: no finished run of {', '.join(missing)}; allowed: one or more of each")
-        figure, numbers = _case(by_method, sets) if name == "figure4" else _times(by_method)
+        figure, numbers = _case(by_method, sets, trial) if name == "figure4" else _times(by_method)
+    if trial.title: figure.suptitle(textwrap.fill(trial.title, 100), fontsize=10, color="C3")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     staging = output / f".{name}.png.partial"
     staging.write_bytes(buffer.getvalue())
     staging.replace(output / f"{name}.png")
     write_whole(output / f"{name}.json", json.dumps({**about, "numbers": numbers}, indent=1) + "\n")
-    return json.dumps(numbers, indent=1) if name != "figure3" else "\n".join(f"{TITLES[m]}, seed {r['seed']}: {len(r['train'])} steps, validation {_percent(r['validation'][-1][1]) if r['validation'] else '-'} %" + (f", ended early: {r['ended'].get('why')}" if r["ended"] else "") for m, runs in numbers.items() for r in runs)
+    head = [trial.title] if trial.title else []
+    return "\n".join([*head, json.dumps(numbers, indent=1)]) if name != "figure3" else "\n".join([*head, *(f"{TITLES[m]}, seed {r['seed']}: {len(r['train'])} steps, validation {_percent(r['validation'][-1][1]) if r['validation'] else '-'} %" + (f", ended early: {r['ended'].get('why')}" if r["ended"] else "") for m, runs in numbers.items() for r in runs)])
 
 
-def _case(by_method: Mapping[str, list[Measured]], sets: DataSets) -> tuple[Figure, dict]:
+def _case(by_method: Mapping[str, list[Measured]], sets: DataSets, trial: Trial = Trial()) -> tuple[Figure, dict]:
     seeds = {method: {m.cell.seed: m for m in by_method[method]} for method in ("grpo", "emo_r3")}
     both = sorted(seeds["grpo"].keys() & seeds["emo_r3"].keys())
     if not both: raise ValueError(f"figure4: finished are {' and '.join(f'{TITLES[method]} with seed ' + ', '.join(map(str, sorted(found))) for method, found in seeds.items())}; allowed: one seed or more that both have")
     one, other = (seeds[method][both[0]] for method in ("grpo", "emo_r3"))
     train = one.cell.train
-    id, counts = choose_case(one.tests[train], other.tests[train])
+    try: id, counts = choose_case(one.tests[train], other.tests[train])
+    except ValueError as error:
+        more = "; try a larger --eval-size" if trial.title else ""
+        raise ValueError(f"figure4: {TITLES['grpo']} and {TITLES['emo_r3']}, G = {one.cell.num_generations}, seed {both[0]}, on {train}: {error}{more}") from error
     answers = {TITLES[m.cell.method]: next(g for g in m.tests[train] if g.id == id) for m in (one, other)}
     label = next(iter(answers.values())).label
     counts = {"both right": counts["both"], "only GRPO right": counts["only_first"], "only EMO-R3 right": counts["only_second"], "none right": counts["neither"]}
@@ -1120,31 +1159,43 @@ def experiment(
     seeds: int = 3,  # runs a trained cell, with the seeds 1, 2, ...
     methods: Sequence[str] | None = None,  # rows to keep, or to add; None: the experiment's own
     trial: Trial = Trial(),  # what a quick trial changes
-    runs: str | Path = "runs/experiments",  # where the runs are kept, in a folder for these data
+    runs: str | Path = "runs/experiments",  # where the runs are kept, in a folder for these data (`runs_folder`)
     output: str | Path | None = None,  # where the files go; None: beside the runs
     at_once: int = 1,  # cells at a time; with more than one, each has one thread
     launch: Sequence[str] = (),  # words before every training command
     collect: bool = False,  # run nothing, take what is there
     dry_run: bool = False,  # print the commands, do nothing
     say: Callable[[str], None] = print,
-) -> dict[str, str]:  # name of a cell -> what went wrong with it
+) -> dict[str, str]:  # name of a cell, or of the experiment -> what went wrong with it
     "Runs, resumes or collects every cell of an experiment, and writes its table or figure; raises ValueError for what cannot be asked, Stopped where a signal came."
     if seeds < 1 or at_once < 1: raise ValueError(f"--seeds = {seeds}, --jobs = {at_once}; allowed: 1 or more of each")
-    if methods is not None and name in FIGURES: raise ValueError("--methods: a figure shows what it shows; allowed: with tables only")
+    if methods is not None and name in FIGURES: raise ValueError(f"--methods: got {', '.join(methods)} for {name}; allowed: with tables only, for {name} always shows {', '.join(f'{TITLES[m]} (G = {g})' for m, g in FIGURES[name].rows)}")
     sets, numbers = read_data_sets(data, manifests), range(1, seeds + 1)
-    folder = Path(runs) / sets.name
+    folder = runs_folder(runs, sets, trial)
     tasks = {cell: cell_tasks(cell, sets, folder, trial) for cell in experiment_cells(name, sets, numbers, methods)}
     if dry_run:
         for cell, ts in tasks.items():
             for task in ts: say(("# done: " if task.done else "") + shell_line(task, launch))
         return {}
-    ran = not collect and not all(task.done for ts in tasks.values() for task in ts)
-    failed = {} if collect else run_cells(tasks, Runner(folder / "logs", launch, single=at_once > 1), at_once, say)
+    done = sum(all(task.done for task in ts) for ts in tasks.values())
+    ran, failed = not collect and done < len(tasks), {}
+    if not collect: check_before_running(tasks)
+    say(f"{len(tasks)} cells, {done} done already" + (f"; logs in {folder / 'logs'}" if ran else ""))
+    try: failed = run_cells(tasks, Runner(folder / "logs", launch, single=at_once > 1), at_once, say) if ran else {}
+    except (Stopped, KeyboardInterrupt):
+        print("emo-r3: interrupted; the same command goes on", file=sys.stderr)
+        raise
     measured, wrong = collect_cells(tasks, sets)
+    problems = {cell.name: why for cell, why in (failed | wrong).items()}
+    if not measured: return problems | {name: f"{name}: none of its {len(tasks)} cells could be collected from {folder}, so nothing is written"}
     missing = [cell.name for cell in tasks if cell not in measured]
-    about = {"command": experiment_words(name, data, seeds, methods, trial, manifests), "experiment": name, "title": EXPERIMENTS[name].title, "data": sets.name, "at_once": at_once if ran else None, "commits": [{"commit": commit, "runs": n} for commit, n in run_commits(measured).items()], "collected_on": machine(), "missing": missing}
+    about = {"command": experiment_words(name, data, seeds, methods, trial, manifests), "experiment": name, "title": EXPERIMENTS[name].title, "data": sets.name, "trial": trial.title or None, "at_once": at_once if ran else None, "commits": [{"commit": commit, "runs": n} for commit, n in run_commits(measured).items()], "collected_on": machine(), "missing": missing}
     target = folder if output is None else Path(output)
     target.mkdir(parents=True, exist_ok=True)
-    say(write_table(name, measured, sets, numbers, methods, target, about, trial) if name in TABLES else write_figure(name, measured, sets, target, about))
+    try: say(write_table(name, measured, sets, numbers, methods, target, about, trial) if name in TABLES else write_figure(name, measured, sets, target, about, trial))
+    except ValueError as error:
+        if not problems: raise
+        return problems | {name: str(error)}  # a figure may be impossible because a run failed
     if missing: say(f"{len(missing)} of {len(tasks)} cells are missing: {', '.join(missing)}")
-    return {cell.name: why for cell, why in (failed | wrong).items()}
+    say(f"written: {', '.join(str(target / f'{name}.{kind}') for kind in (('csv', 'md', 'tex', 'json') if name in TABLES else ('png', 'json')))}")
+    return problems

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'AREAS', 'LIMITS', 'GPUS', 'PUBLISHED_PICTURES', 'MOMENTS', 'ALWAYS', 'NF4_BYTES', 'ROWS_AT_ONCE',
-           'MAX_FEATURES', 'CHANGES', 'model_config', 'Parameters', 'count_parameters', 'Assumptions', 'Gpu',
+           'MAX_FEATURES', 'CLOSE', 'CHANGES', 'model_config', 'Parameters', 'count_parameters', 'Assumptions', 'Gpu',
            'parse_gpus', 'usual_gpus', 'picture_grid', 'prompt_words', 'question_words', 'manifest_rows',
            'tested_pictures', 'validation_pictures', 'Sizes', 'sizes_of', 'Row', 'text_layer_bytes',
            'vision_layer_bytes', 'Memory', 'rows_of', 'trains', 'memory_of', 'step_costs', 'reflection_cost', 'Phase',
@@ -461,6 +461,7 @@ def phases_of(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, world:
 
 # %% ../nbs/15b_plan.ipynb #986963bc
 _LESS = {"gradient_checkpointing": True, "tokens_per_forward": 4096}
+CLOSE = 0.85  # of a device's memory: a need beyond it fits by the formula alone, which was measured to within an eighth, and on a CPU only
 CHANGES = ({"gradient_checkpointing": True}, {"tokens_per_forward": 4096}, {"max_completion_tokens": 1024}, _LESS, _LESS | {"freeze_vision": True}, _LESS | {"lora_rank": 64}, _LESS | {"lora_rank": 64, "four_bit": True},
            _LESS | {"lora_rank": 64, "four_bit": True, "max_completion_tokens": 1024})  # what may be tried where a run does not fit, cheapest first
 
@@ -480,7 +481,7 @@ class Plan:
     evaluation_s: float  # all evaluations of the run
     assumed: Assumptions
     sharded: bool
-    ways_out: tuple[tuple[str, float], ...]  # what to change where it does not fit, and the peak then, bytes
+    ways_out: tuple[tuple[str, float], ...]  # what to change where it does not fit, or just fits, and the peak then, bytes
 
     @property
     def step_s(self) -> float: return sum(p.seconds for p in self.phases.values())
@@ -492,6 +493,8 @@ class Plan:
     def needed(self) -> float: return self.memory.peak + self.assumed.reserve_gb * 1e9
     @property
     def fits(self) -> bool | None: return None if self.gpu is None else self.needed <= self.gpu.memory_gb * 1e9
+    @property
+    def close(self) -> bool: return bool(self.fits) and self.needed > CLOSE * self.gpu.memory_gb * 1e9  # it fits, with less room than the formula is wrong by
 
 
 def plan_run(config: TrainConfig, # every choice of the run
@@ -513,7 +516,7 @@ def plan_run(config: TrainConfig, # every choice of the run
     phases, floor = phases_of(config, model, sizes, world, gpu, assumed), phases_of(config, model, sizes, world, gpu, replace(assumed, **LIMITS))
     plan = Plan(config, count_parameters(model, config.lora_rank), trains(config, count_parameters(model, config.lora_rank))[0], sizes, memory, world, gpu, phases, floor,
                 evaluation_s(config, model, sizes, gpu, assumed), assumed, sharded, ())
-    return plan if plan.fits else replace(plan, ways_out=_ways_out(plan, model))
+    return plan if plan.fits and not plan.close else replace(plan, ways_out=_ways_out(plan, model))
 
 
 def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
@@ -528,8 +531,9 @@ def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, gpu
 
 
 def _ways_out(plan: Plan, model: PretrainedConfig) -> tuple[tuple[str, float], ...]:
-    "Returns the changes that would make a run fit, and the peak then."
-    room, out = (plan.gpu.memory_gb - plan.assumed.reserve_gb) * 1e9, []
+    "Returns the changes that would make a run fit, and the peak then; where it just fits, those that leave room."
+    share, out = CLOSE if plan.close else 1.0, []
+    room = (share * plan.gpu.memory_gb - plan.assumed.reserve_gb) * 1e9
     out_of: list[dict] = []  # what has been found to do
     for changes in CHANGES:
         new = {name: value for name, value in changes.items() if not getattr(plan.config, name) or type(value) is int and name != "lora_rank" and getattr(plan.config, name) > value}
@@ -537,7 +541,7 @@ def _ways_out(plan: Plan, model: PretrainedConfig) -> tuple[tuple[str, float], .
         peak = memory_of(replace(plan.config, **new), model, plan.sizes, plan.world, plan.sharded).peak
         if peak <= room: out, out_of = [*out, (", ".join(f"{name} = {json.dumps(value)}" for name, value in new.items()), peak)], [*out_of, new]
     if not plan.sharded and plan.world > 1 and (peak := memory_of(plan.config, model, plan.sizes, plan.world, True).peak) <= room: out.append(("sharding (FSDP2; --sharded plans it)", peak))
-    larger = [g.name for g in GPUS.values() if plan.memory.peak <= (g.memory_gb - plan.assumed.reserve_gb) * 1e9]
+    larger = [g.name for g in GPUS.values() if plan.memory.peak <= (share * g.memory_gb - plan.assumed.reserve_gb) * 1e9]
     return (*out, *((f"{plan.world}x{name}", plan.memory.peak) for name in larger))
 
 # %% ../nbs/15b_plan.ipynb #cbdc9637
@@ -550,6 +554,15 @@ def _flop(n: float) -> str: return f"{n / 1e15:,.1f} PFLOP" if n >= 1e14 else f"
 def _table(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]: # columns that are set flush right
     wide = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
     return ["  " + "  ".join(cell.rjust(w) if k in right else cell.ljust(w) for k, (cell, w) in enumerate(zip(r, wide))).rstrip() for r in rows]
+
+
+def _way_out(plan: Plan, what: str, peak: float) -> str:
+    there = next((g.memory_gb for g in GPUS.values() if what == f"{plan.world}x{g.name}"), plan.gpu.memory_gb) * 1e9
+    needed = peak + plan.assumed.reserve_gb * 1e9
+    return f"{what} ({_gb(needed)}{', just' if needed > CLOSE * there else ''})"
+
+
+def _needs(name: str, flops: float) -> str: return f"{'at most ' if name == 'reflect' else ''}{_flop(flops)}" if flops else ""  # of reflection the formula is an upper bound
 
 
 def plan_table(plan: Plan) -> str:
@@ -569,14 +582,15 @@ def plan_table(plan: Plan) -> str:
     moments = {"always": ALWAYS} | MOMENTS
     totals = {"always": m.always} | m.moments
     lines += ["", held, *_table([[when, _gb(totals[when]), ("" if when == "always" else "always + ") + ", ".join(f"{p.replace('_', ' ')} {_gb(getattr(m, p))}" for p in parts if getattr(m, p))] for when, parts in moments.items()], right=(1,))]
-    lines += [f"  at most {_gb(m.peak)}" if plan.gpu is None else (f"  needed {_gb(plan.needed)}, {plan.assumed.reserve_gb:g} GB in reserve included; {plan.gpu.name} has {plan.gpu.memory_gb:g} GB: {'it fits' if plan.fits else 'IT DOES NOT FIT'}")]
-    if plan.ways_out: lines += ["  would fit: " + "; ".join(f"{what} ({_gb(peak + plan.assumed.reserve_gb * 1e9)})" for what, peak in plan.ways_out)]
+    lines += [f"  at most {_gb(m.peak)}" if plan.gpu is None else (f"  needed {_gb(plan.needed)}, {plan.assumed.reserve_gb:g} GB in reserve included; {plan.gpu.name} has {plan.gpu.memory_gb:g} GB: {'just fits by the formula, too close to rely on' if plan.close else 'it fits' if plan.fits else 'IT DOES NOT FIT'}")]
+    if plan.ways_out: lines += [f"  {'leaves more room' if plan.close else 'would fit'}: " + "; ".join(_way_out(plan, what, peak) for what, peak in plan.ways_out)]
+    if plan.close and not plan.ways_out: lines += ["  no single change leaves more room: a smaller policy, or fewer prompt tokens (--max-pixels)"]
     if plan.gpu and not plan.fits and not plan.ways_out: lines += ["  no single change makes it fit: a smaller policy, or fewer prompt tokens (--max-pixels)"]
     if plan.gpu is None:
-        lines += ["", "operations of a step (not timed: name devices by --gpus 8xH20)", *_table([[name, _flop(p.flops)] for name, p in plan.phases.items()], right=(1,))]
+        lines += ["", "operations of a step (not timed: name devices by --gpus 8xH20)", *_table([[name, _needs(name, p.flops)] for name, p in plan.phases.items()], right=(1,))]
         return "\n".join(lines)
     lines += ["", f"time of a step on {plan.world} x {plan.gpu.name} (a formula: none of it was measured)", *_table([["phase", "operations", "at the limit", "as assumed", "waits for"],
-              *([name, _flop(p.flops) if p.flops else "", _time(plan.floor[name].seconds), _time(p.seconds), p.bound] for name, p in plan.phases.items()), ["a step", _flop(sum(p.flops for p in plan.phases.values())), _time(plan.floor_s), _time(plan.step_s), ""]], right=(1, 2, 3))]
+              *([name, _needs(name, p.flops), _time(plan.floor[name].seconds), _time(p.seconds), p.bound] for name, p in plan.phases.items()), ["a step", _flop(sum(p.flops for p in plan.phases.values())), _time(plan.floor_s), _time(plan.step_s), ""]], right=(1, 2, 3))]
     lines += [f"  the run: {_time(plan.total_s)}, of it {_time(plan.evaluation_s)} evaluations; {plan.total_s / 3600 * plan.world:.0f} GPU hours"]
     a = plan.assumed
     return "\n".join(lines + ["", "assumed, not measured", f"  efficiency: passes {a.forward_efficiency:g}, update {a.update_efficiency:g} of the peak ({plan.gpu.tflops if c.precision == 'bf16' else plan.gpu.fp32_tflops:g} TFLOPS); decoding {a.bandwidth_efficiency:g} of {plan.gpu.bandwidth_gb_s:g} GB/s, {a.launch_s * 1000:g} ms a decoding step for launches; {plan.gpu.source}",

@@ -107,10 +107,13 @@ def _json_file(path: Path) -> object:
     except (ValueError, RecursionError) as error: raise Defect("corrupt", f"{path}: not JSON ({error})") from error
 
 
+def _count(n: int, word: str) -> str: return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
 def _emoset_fields(row: object, where: str) -> tuple[str, Path, Path]: # emotion, and the relative paths of picture and annotation
     "Returns what a row of a split file says; raises Defect for one that is neither of the published forms."
     if not isinstance(row, list) or len(row) not in (3, 4):
-        raise Defect("fields", f"{where}: {f'{len(row)} fields' if isinstance(row, list) else _SHOWN.repr(row)}; allowed: [emotion, image_path, annotation_path] or [emotion, image_id, image_path, annotation_path]")
+        raise Defect("fields", f"{where}: {_count(len(row), 'field') if isinstance(row, list) else _SHOWN.repr(row)}; allowed: [emotion, image_path, annotation_path] or [emotion, image_id, image_path, annotation_path]")
     if wrong := [value for value in row if not isinstance(value, str)]: raise Defect("fields", f"{where}: {_SHOWN.repr(wrong[0])} where a text is needed")
     try: return row[0], Path(*parts_inside(row[-2])), Path(*parts_inside(row[-1]))
     except DataError as error: raise Defect("fields", f"{where}: a path that {error}") from error
@@ -146,7 +149,7 @@ class Emotion6Truth:
 
 # %% ../nbs/00b_published.ipynb #1b0e872f
 def _truth_of(cells: Sequence[str], where: str) -> Emotion6Truth:
-    if len(cells) != 10: raise Defect("fields", f"{where}: {len(cells)} columns; allowed: 10, divided by tabs (file name, valence, arousal, and the probabilities of {', '.join(EMOTION6)}, neutral)")
+    if len(cells) != 10: raise Defect("fields", f"{where}: {_count(len(cells), 'column')}; allowed: 10, divided by tabs (file name, valence, arousal, and the probabilities of {', '.join(EMOTION6)}, neutral)")
     try: valence, arousal, *votes = map(float, cells[1:])
     except ValueError as error: raise Defect("fields", f"{where}: {_SHOWN.repr(cells)} ({error})") from error
     if not (abs(valence) < 100 and abs(arousal) < 100 and all(0 <= p <= 1 for p in votes) and abs(sum(votes) - 1) < 0.02):
@@ -263,7 +266,7 @@ def _webemo_lines(path: Path) -> Iterator[tuple[str, str, int | Defect]]: # wher
             words, where = line.decode("utf-8", "replace").split(), f"{path}, line {at}"
             if not words: continue
             name = words[0].rsplit("/", 1)[-1]
-            if len(words) != 2: yield where, "", Defect("fields", f"{where}: {len(words)} words; allowed: <address> <0-24>")
+            if len(words) != 2: yield where, "", Defect("fields", f"{where}: {_count(len(words), 'word')}; allowed: <address> <0-24>")
             elif not re.fullmatch(r"[0-9]|1[0-9]|2[0-4]", words[1]): yield where, words[0], Defect("label", f"{where}: label {_SHOWN.repr(words[1])}; allowed: 0 to 24")
             elif name in ("", ".", "..") or "\\" in name or "\0" in name: yield where, words[0], Defect("fields", f"{where}: address {_SHOWN.repr(words[0])} ends in no file name")
             else: yield where, words[0], int(words[1])
@@ -469,8 +472,11 @@ def check_table(
         text.append(f"\n{kind}: {n:,} ({KINDS[kind]}{'; allowed' if kind in check.allowed else ''})")
         said = [p for p in check.problems if p.kind == kind][:most]
         text += [f"  {printable(p.said)}" for p in said] + ([f"  ... and {n - most:,} more"] if n > most else [])
-    looked = "pictures were looked for, not opened" if check.quick else "every picture was opened"
-    return "\n".join([*text, "", f"{'ok' if check.ok else 'not ok'}: {len(check.problems):,} problem{'' if len(check.problems) == 1 else 's'}; {looked}"])
+    allowed = sum(p.kind in check.allowed for p in check.problems)
+    found = ", ".join([_count(len(check.problems) - allowed, "problem")] * (not (check.ok and allowed)) + [_count(allowed, "allowed difference")] * bool(allowed))
+    unopened = any(part.get("all", 0) > check.usable.get(split, {}).get("all", 0) for split, part in check.rows.items())
+    looked = "pictures were looked for, not opened" if check.quick else f"every picture was {'tried' if unopened else 'opened'}"
+    return "\n".join([*text, "", f"{'ok' if check.ok else 'not ok'}: {found}; {looked}"])
 
 
 def check_dict(check: DataCheck) -> dict:
@@ -633,7 +639,7 @@ def _check_counts(rows: Mapping[str, Mapping[str, int]], published: Mapping[str,
     for split, wanted in published.items():
         for label, n in wanted.items():
             here = rows.get(split, {}).get(label, 0)
-            if here != n: yield Problem("count", split, f"{split}, {label}: {here:,} rows; published: {n:,} ({here - n:+,})")
+            if here != n: yield Problem("count", split, f"{split}, {label}: {_count(here, 'row')}; published: {n:,} ({here - n:+,})")
 
 # %% ../nbs/00b_published.ipynb #0f9758cb
 def _as_published(root: Path, format: str, split: str, rows: Counter, meant: Mapping[str, str]) -> Counter: # meant: what is written -> label

@@ -23,7 +23,7 @@ from PIL import Image
 from emo_r3 import cli, experiments
 from emo_r3.checkpoint import Stopped
 from emo_r3.evaluate import EvalReport, Graded, wilson_interval, write_predictions
-from emo_r3.experiments import (CELLS_OWN, EMBEDDED_SETS, EXPERIMENTS, METHOD_OPTIONS, PAPER, TABLES, TITLES, Cell, Grid, Measured, Row, Runner, Task, Trial, bootstrap, cell_tasks, check_same_pictures, choose_case,
+from emo_r3.experiments import (CELLS_OWN, EMBEDDED_SETS, EXPERIMENTS, METHOD_OPTIONS, PAPER, TABLES, TITLES, Cell, Grid, Measured, Row, Runner, Task, Trial, bootstrap, cell_tasks, check_before_running, check_same_pictures, choose_case,
                                 collect_cell, collect_cells, compare_rows, comparison_grids, comparisons, draw_curves, evaluation_record, experiment, experiment_cells, experiment_rows, grid_latex, grid_markdown, grid_text,
                                 in_and_out, last_words, origin_lines, paper_grid, picture_differences, read_curves, read_data_sets, run_cells, score, shell_line, step_times, table_csv, table_grids, table_rows, task_config)
 from emo_r3.scenes import domain_label_set, make_scenes
@@ -452,7 +452,7 @@ def test_where_the_runs_come_from_is_said(tmp_path, monkeypatch):
     record = json.loads(Path("made/table3.json").read_text())
     assert record["commits"] == [{"commit": COMMIT, "runs": 6}, {"commit": None, "runs": 2}, {"commit": "e4f5a6b+", "runs": 1}]  # vanilla is four evaluations, the cold start two runs
     assert "machine" not in record and record["collected_on"]["torch"] and [m["commit"] for r in record["runs"] if r["method"] == "cold_start" for m in r["made"]] == [None, None]
-    for text in (said[0], Path("made/table3.md").read_text()):
+    for text in ("\n".join(said), Path("made/table3.md").read_text()):
         assert f"The runs were made by 2 commits: {COMMIT} (6), e4f5a6b+ (1)." in text and "Of 2 of 9 runs the commit is unknown" in text and "A + stands for changes that were not committed." in text
     of = lambda seed, version: (cell_of(seed), Measured(cell_of(seed), {}, Path(), made=({"run": "r", "commit": COMMIT, "versions": {"torch": version, "threads": seed}},)))
     assert origin_lines(dict([of(1, "2.0"), of(2, "2.0")])) == [f"All runs were made by commit {COMMIT}."]
@@ -540,6 +540,67 @@ def test_a_whole_table_from_its_runs(tmp_path, monkeypatch, capsys):
     assert json.loads(Path("made/table3.json").read_text())["missing"] == ["in_domain-set-G8-seed1"]
 
 
+def test_nothing_is_written_where_nothing_was_collected(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("made").mkdir(); Path("made/table3.md").write_text("good")
+    for name in ("table3", "figure3", "figure5"):
+        assert cli.main(["experiment", name, "--collect", "--output", "made"]) == 1
+        assert f"{name}: none of its " in (err := capsys.readouterr().err) and "nothing is written" in err
+    monkeypatch.setattr(experiments, "_MAIN", "import sys; sys.exit(3)")  # every run fails
+    assert cli.main(["experiment", "table2", "--seeds", "1", "--output", "elsewhere"]) == 1
+    assert (err := capsys.readouterr().err).count("exit code 3") == 2 and "nothing is written" in err
+    assert Path("made/table3.md").read_text() == "good" and [p.name for p in Path("made").iterdir()] == ["table3.md"] and not Path("elsewhere").exists()
+
+
+def test_a_trial_is_kept_apart_and_says_that_it_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trial, said = Trial(2, 8), []
+    for changed, folder in ((Trial(), "embedded"), (trial, "embedded-trial")):
+        for cell in experiment_cells("table2", EMBEDDED_SETS, [1]): leave(cell, cell_tasks(cell, EMBEDDED_SETS, Path("runs") / folder, changed), right=lambda c, test: 6 + (c.method == "cold_start"), metrics=METRICS)
+    assert experiment("table2", seeds=1, runs="runs", say=said.append) == {}
+    files, whole = {kind: Path(f"runs/embedded/table2.{kind}") for kind in ("csv", "md", "tex", "json")}, Path("runs/embedded/table2.md").read_text()
+    assert said[0] == "2 cells, 2 done already" and said[-1] == f"written: {', '.join(map(str, files.values()))}" and "TRIAL" not in whole
+    assert experiment("table2", seeds=1, runs="runs", trial=trial, say=said.append) == {} and Path("runs/embedded/table2.md").read_text() == whole
+    title = "TRIAL: 2 steps, 8 pictures a set. "
+    assert said[-2].startswith(f"{title}Table 2") and said[-2].count(title) == 3  # not the paper's own
+    text = {kind: Path(f"runs/embedded-trial/table2.{kind}").read_text() for kind in files}
+    assert text["md"].count(f"**{title}") == text["tex"].count(rf"\caption{{{title}") == 3 and json.loads(text["json"])["trial"] == title[:-2] and json.loads(files["json"].read_text())["trial"] is None
+    for name in ("figure3", "figure5"):
+        for cell in experiment_cells(name, EMBEDDED_SETS, [1]): leave(cell, cell_tasks(cell, EMBEDDED_SETS, Path("runs/embedded-trial"), trial), metrics=METRICS)
+        drawn = []
+        monkeypatch.setattr(experiments.Figure, "savefig", lambda figure, *a, real=experiments.Figure.savefig, **k: (drawn.append(figure.get_suptitle()), real(figure, *a, **k)))
+        assert experiment(name, seeds=1, runs="runs", trial=trial, say=said.append) == {} and drawn[0] == title[:-2] and not Path(f"runs/embedded/{name}.png").exists()
+    assert Trial(policy="x", options=(("learning_rate", "1"),)).title == "TRIAL: another policy, learning_rate = 1"
+
+
+def test_another_run_in_the_way_is_named_before_anything_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "_MAIN", "raise SystemExit(3)")
+    cells = experiment_cells("table3", EMBEDDED_SETS, [1])
+    for cell in cells[:2]: leave(cell, cell_tasks(cell, EMBEDDED_SETS, Path("runs/experiments/embedded-trial"), Trial(2)))
+    Path("runs/experiments/embedded-trial", cells[1].name, "summary.json").unlink()  # it did not get to its end
+    assert cli.main("experiment table3 --seeds 1 --max-steps 3".split()) == 2  # the untrained one has no steps: it is the same
+    err = capsys.readouterr().err
+    assert "in_domain-grpo-G8-seed1: was run with max_steps = 2, wanted: 3" in err and "--runs; nothing was run" in err and err.count("\n") == 1
+    assert cli.main("experiment table3 --seeds 1 --max-steps 3 --eval-size 4".split()) == 2
+    assert "vanilla/in_domain.jsonl: was made with words" in (err := capsys.readouterr().err) and "(4 more are of another making)" in err and not list(tmp_path.rglob("logs"))
+    check_before_running({cell: cell_tasks(cell, EMBEDDED_SETS, Path("runs/experiments/embedded-trial"), Trial(2)) for cell in cells})
+
+
+def test_an_interrupted_experiment_says_how_to_go_on(tmp_path, processes, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments, "_MAIN", f"import os, signal, time; os.kill({os.getpid()}, signal.SIGTERM); time.sleep(60)")
+    assert cli.main("experiment table2 --seeds 1".split()) == 143
+    out, err = capsys.readouterr()
+    assert err == "emo-r3: interrupted; the same command goes on\n" and out.splitlines()[0] == f"2 cells, 0 done already; logs in {Path('runs/experiments/embedded/logs')}" and "written" not in out
+
+
+def test_runs_that_never_differ_are_not_compared_in_numbers():
+    found = comparison_grids(comparisons("table1", [row("grpo", 8, 5), row("emo_r3", 8, 5), row("dapo", 8, 6)]))[0].rows
+    assert found[0][2:] == ("no picture differs",) * 3 and found[1][2].startswith("+10.0 [")
+    assert [bootstrap([d, [0]]).differing for d in ([0, 1 / 3, 1 / 3 - 0.1 - 0.7 / 3], [1, -1, 0])] == [1, 2]  # a zero made of rounded thirds is one
+
+
 # ---- figures
 
 def line(step, accuracy, **more): return {"step": step, "reward": 0.5, "rewards/accuracy/mean": accuracy, "step_time": float(step), "timing_s/rollout": step / 2, "timing_s/update": 1.0, **more}
@@ -594,6 +655,21 @@ def test_every_early_end_has_its_cross_on_both_axes_and_its_words_in_one_legend(
     assert train.get_legend() is None and validation.get_legend() is None and [t.get_text() for t in figure.legends[0].get_texts()] == ["GRPO", "DAPO (x: 3 of 3 ended early; train: only groups that passed the filter)"]
     nothing = [t.get_text() for t in draw_curves({"dapo": early[2:]}).legends[0].get_texts()]
     assert nothing == ["DAPO (x: 1 of 1 ended early)"]  # also of a method without any curve
+
+
+def test_one_validation_is_a_dot():
+    figure = draw_curves({"grpo": [{"train": [(1, 0.5), (2, 0.6)], "validation": [(2, 0.7)], "ended": None}]})
+    train, validation = ([l.get_marker() for l in ax.get_lines()] for ax in figure.axes)
+    assert validation == ["o", "o"] and set(train) == {"None"}
+
+
+def test_a_figure_that_cannot_be_says_what_it_shows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"--methods: got grpo, set for figure3; .*always shows GRPO \(G = 8\), EMO-R3 \(G = 8\), DAPO \(G = 8\)"): experiment("figure3", methods=["grpo", "set"])
+    for trial, folder, end in ((Trial(), "embedded", "allowed: one or more"), (Trial(eval_size=10), "embedded-trial", "allowed: one or more; try a larger --eval-size")):
+        for cell in experiment_cells("figure4", EMBEDDED_SETS, [1]): leave(cell, cell_tasks(cell, EMBEDDED_SETS, Path("runs") / folder, trial))
+        with pytest.raises(ValueError) as stop: experiment("figure4", seeds=1, runs="runs", trial=trial, say=lambda line: None)
+        assert str(stop.value) == f"figure4: GRPO and EMO-R3, G = 8, seed 1, on in_domain: no picture of 10 on which exactly one of the two is right; {end}"
 
 
 def test_a_real_depleted_run_s_curves(tmp_path, monkeypatch):
@@ -652,7 +728,8 @@ def test_figures_from_their_runs(tmp_path, monkeypatch):
     assert case["seed"] == 2 and case["counts"]["only EMO-R3 right"] == 3
     (Path("runs/embedded") / Cell("emo_r3", "in_domain", 8, 2).name / "summary.json").unlink()
     with pytest.raises(ValueError, match="figure4: finished are GRPO with seed 2 and EMO-R3 with seed 1; allowed: one seed or more that both have"): experiment("figure4", seeds=2, runs="runs", output="made", collect=True, say=lambda line: None)
-    with pytest.raises(ValueError, match="figure5: no finished run of set, emo_r3"): experiment("figure5", seeds=1, runs="elsewhere", collect=True, say=lambda line: None)
+    for gone in Path("runs/embedded").glob("*-emo_r3-*/summary.json"): gone.unlink()
+    with pytest.raises(ValueError, match="figure5: no finished run of emo_r3"): experiment("figure5", seeds=1, runs="runs", collect=True, say=lambda line: None)
     assert TITLES["set"] in json.loads(Path("made/figure5.json").read_text())["numbers"]
 
 
@@ -672,23 +749,23 @@ def test_the_published_layouts_from_data_to_table(tmp_path):
     for argv in (["table1", "--methods", "vanilla,sepm,sft", *common], ["figure4", *common]):
         done = subprocess.run([*COMMAND, *argv], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0 or "no picture of 16 on which exactly one" in done.stderr, done.stdout + done.stderr
-    record = json.loads((tmp_path / "runs/experiments/real/table1.json").read_text())
+    record = json.loads((tmp_path / "runs/experiments/real-trial/table1.json").read_text())
     assert record["missing"] == [] and [r["method"] for r in record["rows"]] == ["vanilla", "sepm", "sft"] and record["vanilla_prompt"] == "direct" and str(tmp_path) not in json.dumps(record)
     assert all(c["n"] == {"emoset": 16, "emotion6": 18, "webemo": 25}[c["test"]] for r in record["rows"] for c in r["cells"]) and len(record["rows"][0]["cells"]) == 6
-    assert "(paper" not in (tmp_path / "runs/experiments/real/table1.md").read_text()  # a trial's cell is not the paper's
+    assert "(paper" not in (tmp_path / "runs/experiments/real-trial/table1.md").read_text()  # a trial's cell is not the paper's
 
 
 @pytest.mark.slow
 def test_a_table_is_run_stopped_resumed_and_drawn(tmp_path):
     "Two steps of every method: SIGTERM in the middle reaches the run, the same command goes on, and what is finished is left alone."
     command, environment = [*COMMAND, "table3", "--seeds", "1", *TINY], os.environ | {"OMP_NUM_THREADS": "1"}
-    runs = tmp_path / "runs" / "experiments" / "embedded"
+    runs = tmp_path / "runs" / "experiments" / "embedded-trial"
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 300
         while not list(runs.glob("*-grpo-G8-seed1/checkpoints/*")) and process.poll() is None and time.monotonic() < end: time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
+        assert "interrupted; the same command goes on" in process.communicate(timeout=120)[1]
     finally: process.kill()
     assert process.returncode == 143 and not (runs / "in_domain-cold_start-G8-seed1").exists()
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)

@@ -34,7 +34,7 @@ def test_recipes_and_options_in_readme_exist():
     for recipe in recipes: make_config(yaml.safe_load(recipe))
     known = {f.name for f in fields(TrainConfig)}
     options = [o for line in text.splitlines() if "emo-r3 train" in line or "ARGS=" in line for o in re.findall(r"--([a-z][a-z-]+)", line.rpartition("emo-r3 train")[2])]  # what stands before it is torchrun's
-    assert recipes and options and {o.replace("-", "_") for o in options} <= known | {"help", "output_dir"}
+    assert recipes and options and {o.replace("-", "_") for o in options} <= known | {"help", "output_dir", "dry_run"}
 
 
 def test_options_named_in_messages_exist():

@@ -363,7 +363,21 @@ def test_the_table(here):
     table = [line.split() for line in text.splitlines()[:15]]
     assert table[0] == ["split", "label", "rows", "published", "difference", "usable"]
     assert table[1] in (["train", "anger", "7", "231", "-224", "6"], ["train", "anger", "7", "231", "-224", "7"]) and table[14] in (["test", "all", "18", "594", "-576", "17"], ["test", "all", "18", "594", "-576", "18"])
-    assert "missing: 1 (named, and not there)" in text and "  ... and 13 more" in text and text.endswith("not ok: 15 problems; every picture was opened")
+    assert "missing: 1 (named, and not there)" in text and "  ... and 13 more" in text and text.endswith("not ok: 15 problems; every picture was tried")
+    assert check_data("six", "emotion6", allowed=["count"]).table().endswith("not ok: 1 problem, 14 allowed differences; every picture was tried")
+    assert check_data("six", "emotion6", allowed=["count", "missing"]).table().endswith("\nok: 15 allowed differences; every picture was tried")
+    assert check_data("six", "emotion6", quick=True).table().endswith("not ok: 15 problems; pictures were looked for, not opened")
+    emotion6(here / "whole")
+    assert check_data("whole", "emotion6", allowed=["count"]).table().endswith("\nok: 14 allowed differences; every picture was opened")
+    assert check_data("whole", "emotion6", published={}).table().endswith("\nok: 0 problems; every picture was opened")
+
+
+def test_one_is_not_several(here):
+    emoset(here / "e")
+    rows = json.loads((here / "e/test.json").read_text())
+    (here / "e/test.json").write_text(json.dumps([rows[0][:1], *rows[1:]]))
+    check = check_data("e", "emoset", published={})
+    assert [p.said.partition(";")[0] for p in check.problems if p.kind == "fields"] == ["e/test.json, row 0: 1 field"] and "1 problem;" in check.table()
 
 
 def test_a_quick_check_opens_nothing(here, monkeypatch):
