@@ -908,14 +908,14 @@ def draw_curves(
     "Returns train and validation accuracy through training: a thin line a seed, a thick one their median, a cross where a run ended early; of a run without any value on an axis the cross stands at its foot (Fig. 3)."
     figure, labels = Figure(figsize=(10, 4), layout="constrained"), {}
     dots = lambda kind, curve: "o" if kind == "validation" or len(curve) == 1 else None  # validations are few, and a line of one point is none
-    for ax, kind in zip(figure.subplots(1, 2, sharey=True), ("train", "validation")):
+    for ax, kind in zip(figure.subplots(1, 2, sharex=True, sharey=True), ("train", "validation")):
         for number, (method, runs) in enumerate(curves.items()):
             colour = labels.setdefault(method, Line2D([], [], color=COLOURS.get(method, f"C{4 + number}"), lw=1.8, label=TITLES[method] + _curve_notes(runs))).get_color()
             for run in runs:
                 if run[kind]: ax.plot(*zip(*run[kind]), color=colour, alpha=.3, lw=.7, marker=dots(kind, run[kind]), ms=2)
                 if run["ended"]: ax.plot(run["ended"]["step"], run[kind][-1][1] if run[kind] else 0.02, "x", color=colour, ms=9, mew=2, transform=ax.transData if run[kind] else ax.get_xaxis_transform(), clip_on=False)
             if middle := _middle([run[kind] for run in runs]): ax.plot(*zip(*middle), color=colour, lw=1.8, marker=dots(kind, middle), ms=4)
-        ax.set(title=f"{kind} accuracy", xlabel="step"); ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.grid(alpha=.3)
+        ax.set(title=f"{kind} accuracy", xlabel="step"); ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1)); ax.grid(alpha=.3)
     figure.legend(handles=list(labels.values()), fontsize=8, ncols=len(labels), loc="outside lower center")
     return figure
 
@@ -993,7 +993,7 @@ def draw_times(
             if seconds[phase] > .06 * max(t["step"] for t in times.values()): ax.text(left + seconds[phase] / 2, row, f"{seconds[phase]:.2f}", ha="center", va="center", color="white", fontsize=8)
             left += seconds[phase]
     ax.set_yticks(range(len(times)), times); ax.invert_yaxis()
-    ax.set(xlabel="seconds a step (median)"); figure.legend(ncols=len(PHASES), fontsize=8, loc="outside upper center")
+    ax.set(xlabel="seconds a step (median)"); figure.legend(ncols=len(PHASES), fontsize=8, loc="outside lower center")  # above is a trial's title
     return figure
 
 # %% ../nbs/15_experiments.ipynb #49ee1282

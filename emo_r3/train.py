@@ -129,8 +129,8 @@ class TrainConfig:
     epsilon_low: float = knob(0.2, "the ratio is clipped below 1 - epsilon_low", "released code")
     epsilon_high: float = knob(0.3, "the ratio is clipped above 1 + epsilon_high", "released code")
     delta: float | None = knob(3.0, "dual clip: bound of the ratio where the advantage is negative; null: off", "EasyR1")
-    ratio: str = knob("token", "importance ratio a token, or a sequence", "released code; Eq. 1 writes it for a completion")
-    average: str = knob("token", "loss averaged over tokens of the batch, a sequence first, or by a constant length", "released code")
+    ratio: str = knob("token", "importance ratio: token, or one a sequence", "released code; Eq. 1 writes it for a completion")
+    average: str = knob("token", "loss averaged by token (of the whole batch), sequence (each one first) or constant (the longest length)", "released code")
     clip: str = knob("ppo", "what a ratio beyond the range does: ppo (the token stops learning) or cispo (its weight is capped)", "paper, Eq. 1; CISPO")
     # -- the run
     epochs: int = knob(20, "passes over the training pictures", "released code, EmoSet")

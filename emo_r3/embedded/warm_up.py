@@ -166,7 +166,7 @@ def build_image_processor() -> Qwen2VLImageProcessorPil:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLForConditionalGeneration:
-    "A Qwen2.5-VL of 2.5 million parameters with random weights."
+    "A Qwen2.5-VL of 2.2 million parameters with random weights."
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     special = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
