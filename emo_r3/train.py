@@ -1120,7 +1120,6 @@ def train(config: TrainConfig, # every choice
           ranks: Ranks | None = None, # the processes that train together; None: as torchrun says, or this one alone
          ) -> dict: # what summary.json holds
     "Trains a policy and writes the run's folder; raises ValueError or OSError before it starts if it cannot, Stopped when a signal ended it."
-    check_trainable(policy)
     if (steps := number_of_steps(config, len(examples))) < 1: raise ValueError(f"train_size: {len(examples)} pictures were found; allowed: prompts_per_step = {config.prompts_per_step} or more")
     if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     ranks = ranks or Ranks(config.rank_timeout_s)
@@ -1129,6 +1128,7 @@ def train(config: TrainConfig, # every choice
     if ranks.first:
         check_start(folder, resume)
         folder.mkdir(parents=True, exist_ok=True)
+    check_trainable(policy)
     with only_one(folder) if ranks.first else nullcontext(), StopSignals() as stop:
         found = ranks.told(str(find_start(folder, resume) or "") if ranks.first else "", "where to begin")
         start, began_as = Path(found) if found else None, weights_sha256(policy)
