@@ -52,7 +52,7 @@ from .ranks import Ranks
 from .prompts import METHODS, Messages, PromptTemplates, method_messages
 from .reflection import Judge, ReflectionVerdict, judge_accuracy, reflect
 from .rewards import ExtraReward, RewardRecord, RewardWeights, extra_rewards, reward_completion, reward_shares
-from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling, end_tokens
+from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
 
 # %% ../nbs/12_train.ipynb #6020968b
@@ -504,10 +504,11 @@ def collect_live(trainer: Trainer, # the run's state
         counts += torch.stack([torch.tensor(len(means)), torch.tensor(len(live)), (right == 1).sum(), (right == 0).sum(), right.sum(), paid.sum()])
         lacking = len(examples) - sum(len(e.examples) for e in kept)
         if live and lacking: kept.append(take_groups(found, live[:lacking]))  # what is more than a step needs is left
-        if all(trainer.ranks.every(sum(len(e.examples) for e in kept) >= len(examples), "filtering groups")): break
+        full = trainer.ranks.every(sum(len(e.examples) for e in kept) >= len(examples), "filtering groups")  # of each rank
+        if all(full): break
     drawn, *sums = trainer.ranks.total(counts.tolist(), "filtered groups")
     figures = {f"filter/{name}": value / drawn for name, value in zip(("kept", "all_right", "all_wrong", "accuracy", "reward"), sums, strict=True)} | {"filter/refills": draw + 1}
-    if lacked := [rank for rank, full in enumerate(trainer.ranks.every(sum(len(e.examples) for e in kept) >= len(examples), "filtered groups")) if not full]:
+    if lacked := [rank for rank, enough in enumerate(full) if not enough]:
         here = f" (process{'es' if len(lacked) > 1 else ''} {', '.join(map(str, lacked))} of {trainer.ranks.world} had too few)" if trainer.ranks.world > 1 else ""
         raise Depleted(f"only {sums[0]:.0f} of {drawn:.0f} groups passed the filter ({c.filter_low} < mean {c.filter_key} < {c.filter_high}) in {draw + 1} draw{'s' if draw else ''}, of {len(examples) * trainer.ranks.world} that a step needs{here}; "
                        f"{sums[1] / drawn:.0%} were all right, {sums[2] / drawn:.0%} all wrong", figures)
