@@ -86,12 +86,14 @@ class PackedAttention:
         causal = torch.ones(T, T, dtype=torch.bool, device=batch.input_ids.device).tril()
         self.mask = torch.cat([self.prompt_real[batch.prompt_of][:, None].expand(-1, T, -1), causal.expand(N, -1, -1)], 2)[:, None]  # (N, 1, T, P + T)
 
-    def attend(self, q: torch.Tensor, # (1, heads, S, d)
-               k: torch.Tensor, # (1, heads, S, d), as many heads as q
-               v: torch.Tensor, # (1, heads, S, d)
+    def attend(self, module: torch.nn.Module, # the attention layer
+               q: torch.Tensor, # (1, heads, S, d)
+               k: torch.Tensor, # (1, key heads, S, d)
+               v: torch.Tensor, # (1, key heads, S, d)
                scaling: float,
               ) -> torch.Tensor: # (1, S, heads, d)
         "Returns what each token reads; scores between siblings, or between groups, are never computed."
+        k, v = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (k, v))  # (1, heads, S, d)
         q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))  # (S, heads, d); under autocast the rotary embedding has widened q and k
         at = lambda x, slots: x[slots].transpose(1, 2)  # (n, heads, tokens, d)
         prompt_k, prompt_v = at(k, self.prompt_slots), at(v, self.prompt_slots)
@@ -117,10 +119,7 @@ def shared_attention(module: torch.nn.Module, # the attention layer
                     ) -> tuple[torch.Tensor, None]: # (rows, tokens, heads, d)
     "Returns what transformers' attention returns, for ordinary masks and for ours."
     if attention_mask is None or isinstance(attention_mask, torch.Tensor): return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if isinstance(attention_mask, PackedAttention):
-        key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
-        return attention_mask.attend(query, key, value, scaling), None
-    return attention_mask.attend(module.layer_idx, query, key, value, scaling), None
+    return attention_mask.attend(module, query, key, value, scaling), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(SHARED, shared_attention)

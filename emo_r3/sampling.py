@@ -142,14 +142,14 @@ class DecodeAttention:
                  alive: torch.Tensor, # (n,): which of the K * G rows are unfinished
                 ): self.prefix, self.G, self.alive = prefix, num_generations, alive
 
-    def attend(self, layer: int, # of the text model
+    def attend(self, module: torch.nn.Module, # the attention layer
                q: torch.Tensor, # (n, heads, 1, d)
                k: torch.Tensor, # (n, key heads, t, d): the completion's own
                v: torch.Tensor, # (n, key heads, t, d)
                scaling: float,
               ) -> torch.Tensor: # (n, 1, heads, d)
         "Returns what each row's token reads."
-        keys, values = self.prefix.keys[layer], self.prefix.values[layer]  # (K, h, P, d)
+        keys, values = self.prefix.keys[module.layer_idx], self.prefix.values[module.layer_idx]  # (K, h, P, d)
         (K, h, P, d), r = keys.shape, q.shape[1] // keys.shape[1]  # r query heads share a key head
         def stacked(x): # (n, h, r, x) -> (K, h, G * r, x): siblings side by side
             full = x.new_zeros(K * self.G, *x.shape[1:]).index_copy(0, self.alive, x) if len(self.alive) < K * self.G else x

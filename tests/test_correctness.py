@@ -511,18 +511,18 @@ def test_row_16_a_run_is_on_its_reference_before_the_first_update_and_leaves_it(
 
 class Leaky(emo_r3.groups.PackedAttention):
     "Plain causal attention over the whole row."
-    def attend(self, q, k, v, scaling): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2)
+    def attend(self, module, q, k, v, scaling): return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
 
 
 class HalfLeaky(emo_r3.groups.PackedAttention):
     "The completions of a group see one another's columns, as if they were one."
-    def attend(self, q, k, v, scaling):
+    def attend(self, module, q, k, v, scaling):
         S = q.shape[2]
         owner = torch.empty(S, dtype=torch.long)
         for i, slots in enumerate(self.prompt_slots): owner[slots[self.prompt_real[i]]] = i
         for i, slots in enumerate(self.completion_slots): owner[slots[self.completion_real[i]]] = self.prompt_of[i]
         mask = (owner[:, None] == owner) & torch.ones(S, S).tril().bool()
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
 
 
 def test_row_18_siblings_do_not_leak(full, g):

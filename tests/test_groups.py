@@ -1,9 +1,12 @@
 """One row a group says and teaches exactly what one row a completion does: every kind of policy, ragged and mixed, whole or in parts; and nothing leaks."""
+import importlib.util
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import (KINDS, Groups, answers, double_throughout, far, gradient, groups, logps_by_hand, pictures_read, plain_logps, policy, positions_by_hand, processor, weights)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import emo_r3.groups
 from emo_r3.groups import PictureFeatures, checkpointed, cut_groups, encode_pictures, forward_packed, group_logps, pack_groups, predicting_slots
@@ -380,3 +383,18 @@ def test_the_model_works_by_transformers_own_forward_as_before(g, tmp_path):
     saved = save_policy(model, processor(), tmp_path / "p")
     assert "emo_r3" not in (saved / "config.json").read_text()  # nobody else knows our attention
     with torch.no_grad(): assert torch.equal(load_policy(saved)(**rows).logits, before)
+
+
+def test_a_page_run_in_the_same_process_changes_nothing(full, g):
+    "`nbdev_test` runs several pages in one process; page 09 then registers attention and masks of its own under the same name."
+    model, prompts = full, g.prompts
+    before = group_logps(model, *g.shared), PolicySampler(model, processor()).draw(prompts, 2, 8, 1.0, 0)
+    found = importlib.util.find_spec("emo_r3.groups")
+    page = importlib.util.module_from_spec(found)
+    page.__package__ = "emo_r3"
+    try:
+        found.loader.exec_module(page)
+        assert ALL_ATTENTION_FUNCTIONS[emo_r3.groups.SHARED] is page.shared_attention is not emo_r3.groups.shared_attention
+        assert torch.equal(group_logps(model, *g.shared), before[0])
+        for now, then in zip(PolicySampler(model, processor()).draw(prompts, 2, 8, 1.0, 0), before[1], strict=True): assert torch.equal(now, then)
+    finally: ALL_ATTENTION_FUNCTIONS.register(emo_r3.groups.SHARED, emo_r3.groups.shared_attention)
