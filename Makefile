@@ -14,12 +14,12 @@ ARGS   ?=
 # Tests never reach for the network, and do not depend on how many cores there are.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: help env train test test-slow bench bench-check campaigns export readme clean clean-env
+.PHONY: help env train test test-slow test-vllm bench bench-vllm bench-check campaigns export readme clean clean-env
 .DEFAULT_GOAL := help
 
 help:
 	@sed -n '2,7s/^# \{0,1\}//p' Makefile
-	@echo "also: make env | test-slow | bench (all that a CPU can show, against TRL; an hour or more) | bench-check (operations alone, seconds) | campaigns (kills, damage, hostile input, TRL beside it, a long run; an hour) | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
+	@echo "also: make env | test-slow | test-vllm (the vLLM sampler against vLLM's real engine, in an environment of its own; minutes, 4 GB) | bench-vllm (how near it comes) | bench (all that a CPU can show, against TRL; an hour or more) | bench-check (operations alone, seconds) | campaigns (kills, damage, hostile input, TRL beside it, a long run; an hour) | export (notebooks -> emo_r3/) | readme (nbs/index.ipynb -> README.md) | clean | clean-env"
 
 env: $(READY)
 
@@ -44,6 +44,14 @@ test: env
 
 test-slow: env
 	$(OFFLINE) $(BIN)/python -m pytest -q -m slow || test $$? -eq 5
+
+test-vllm:
+	tools/vllm_cpu_env.sh $(PYTHON)
+	$(OFFLINE) .venv-vllm/bin/python -m pytest -q -m vllm tests/engine
+
+bench-vllm:
+	tools/vllm_cpu_env.sh $(PYTHON)
+	$(OFFLINE) .venv-vllm/bin/python -W ignore benchmarks/vllm_cpu.py
 
 bench-check: env
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --check

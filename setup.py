@@ -7,7 +7,7 @@ here = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {"dev": cfg["dev_requirements"].split(), "peer": cfg["peer_requirements"].split()}
+extras = {name: cfg[f"{name}_requirements"].split() for name in ("dev", "peer", "gpu")}
 
 setup(
     name=cfg["lib_name"],
@@ -21,7 +21,7 @@ setup(
     keywords=cfg["keywords"],
     packages=find_packages(include=["emo_r3", "emo_r3.*"]),
     include_package_data=True,
-    package_data={"emo_r3": ["recipes/*.yaml", "embedded/**/*"]},
+    package_data={"emo_r3": ["recipes/*.yaml", "launch/*.yaml", "embedded/**/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require=extras,

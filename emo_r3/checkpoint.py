@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MANIFEST', 'LIBRARIES', 'DamagedCheckpoint', 'checkpoint_name', 'file_sha256', 'write_manifest', 'new_checkpoint',
            'read_json', 'read_tensors', 'check_checkpoint', 'checkpoints', 'latest_checkpoint', 'prune_checkpoints',
-           'random_states', 'set_random_states', 'weights_sha256', 'load_weights', 'optimizer_tensors',
-           'load_optimizer', 'library_versions', 'source_commit', 'differences', 'only_one', 'Stopped', 'StopSignals']
+           'random_states', 'set_random_states', 'whole_tensor', 'like', 'gathered', 'weights_sha256', 'load_weights',
+           'optimizer_tensors', 'load_optimizer', 'library_versions', 'source_commit', 'differences', 'only_one',
+           'Stopped', 'StopSignals']
 
 # %% ../nbs/11_checkpoint.ipynb #d6af46da
 import hashlib
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 import emo_r3
@@ -161,6 +163,29 @@ def set_random_states(tensors: Mapping[str, torch.Tensor], # from `random_states
         if f"cuda_{i}" in tensors: torch.cuda.set_rng_state(tensors[f"cuda_{i}"], i)
 
 # %% ../nbs/11_checkpoint.ipynb #fd2af2b4
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    "Returns a tensor that may lie in parts on several ranks (page 11c) as a whole; then every rank must ask."
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(pattern: torch.Tensor, # a parameter, perhaps in parts
+         tensor: torch.Tensor, # whole, the same on each rank
+        ) -> torch.Tensor:
+    "Returns a tensor laid out over the ranks as another one of its shape is; one of another shape as it came."
+    return distribute_tensor(tensor.to(pattern.device), pattern.device_mesh, pattern.placements) if isinstance(pattern, DTensor) and tensor.shape == pattern.shape else tensor
+
+
+def gathered(tensors: Iterable[tuple[str, torch.Tensor]], # by name, perhaps in parts
+             keep: bool, # False: take part, and keep nothing
+            ) -> dict[str, torch.Tensor]: # whole; on the CPU, what was in parts
+    "Returns tensors as they are saved, one put together at a time."
+    out = {}
+    for name, tensor in tensors:
+        full = whole_tensor(tensor)
+        if keep: out[name] = full.cpu() if isinstance(tensor, DTensor) else full
+    return out
+
+# %% ../nbs/11_checkpoint.ipynb #6f5b55d7
 def weights_sha256(policy: "PreTrainedModel | PeftModel") -> str:
     "Returns the fingerprint of all of a policy's weights."
     whole = hashlib.sha256()
@@ -180,14 +205,21 @@ def load_weights(policy: "PreTrainedModel | PeftModel", # filled in place
     with torch.no_grad():
         for name, weight in policy.named_parameters():
             if name not in saved or saved[name].shape != weight.shape: raise DamagedCheckpoint(f"checkpoint {folder}: {name} is {'absent' if name not in saved else tuple(saved[name].shape)}, the policy's is {tuple(weight.shape)}")
-            weight.copy_(saved.pop(name))
+            weight.copy_(like(weight, saved.pop(name)))
+
+
+_BYTES = "__bnb_optimizer_quant_state__"  # where bitsandbytes hides what FSDP must not gather
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer,
                       names: Sequence[str], # of its parameters, in its order
                      ) -> dict[str, torch.Tensor]: # <name>/<what>
-    "Returns what an optimizer remembers."
-    return {f"{names[i]}/{what}": value for i, kept in optimizer.state_dict()["state"].items() for what, value in kept.items()}
+    "Returns what an optimizer remembers, torch's or bitsandbytes'."
+    out = {}
+    for i, kept in optimizer.state_dict()["state"].items():
+        for what, value in (kept | kept.get(_BYTES, {})).items():
+            if what != _BYTES: out[f"{names[i]}/{what}"] = torch.tensor(value) if isinstance(value, int) else value.clone() if what.startswith("qmap") else value
+    return out
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, # filled in place
@@ -196,12 +228,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, # filled in place
                    groups: Sequence[Mapping], # its groups' settings
                   ) -> None:
     "Gives an optimizer its memory back; raises DamagedCheckpoint for a parameter that it does not have."
-    index, state = {name: i for i, name in enumerate(names)}, {}
+    index, state, weights = {name: i for i, name in enumerate(names)}, {}, [p for g in optimizer.param_groups for p in g["params"]]
     for key, value in tensors.items():
         name, _, what = key.rpartition("/")
         if name not in index: raise DamagedCheckpoint(f"optimizer.safetensors: {key}, but there is no parameter {name!r} to train")
-        state.setdefault(index[name], {})[what] = value
+        state.setdefault(index[name], {})[what] = value.item() if value.ndim == 0 and value.dtype == torch.int64 else like(weights[index[name]], value)  # bitsandbytes counts in plain numbers, torch in float32
     optimizer.load_state_dict({"state": state, "param_groups": [dict(g) for g in groups]})
+    if getattr(optimizer, "is_paged", False): _page(optimizer)
+
+
+def _page(optimizer: torch.optim.Optimizer) -> None:
+    "Moves what a paged optimizer was given back to where it would keep it itself."
+    for weight, kept in optimizer.state.items():
+        for what in ("state1", "state2"):
+            place = optimizer.get_state_buffer(weight, dtype=kept[what].dtype)
+            kept[what] = place.copy_(kept[what])
+    if torch.cuda.is_available(): torch.cuda.synchronize()  # the host writes to paged memory
 
 # %% ../nbs/11_checkpoint.ipynb #5c434dc5
 LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow")

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['RECIPES', 'EVAL_SEED', 'WITHOUT_TRAINING', 'recipe_names', 'read_mapping', 'read_recipe', 'field_value',
            'parse_option', 'run_config', 'RunData', 'eval_scenes', 'data_seed', 'other_set', 'run_data', 'Measure',
-           'load_pair', 'check_writable', 'run', 'train_options', 'given_fields', 'run_folder', 'interrupted',
-           'train_command', 'plan_options', 'data_here', 'plan_command', 'asking_options', 'read_asking',
+           'load_pair', 'check_pair', 'check_writable', 'run', 'train_options', 'given_fields', 'run_folder',
+           'interrupted', 'train_command', 'plan_options', 'data_here', 'plan_command', 'asking_options', 'read_asking',
            'source_options', 'read_source', 'published_split', 'evaluate_options', 'eval_data', 'write_json',
            'evaluate_command', 'check_options', 'check_command', 'sample_options', 'sample_command', 'predict_options',
-           'predict_command', 'report_options', 'report_command', 'experiment_options', 'train_fields',
-           'experiment_command', 'tidy', 'parse', 'main']
+           'predict_command', 'report_options', 'report_command', 'export_options', 'export_command',
+           'experiment_options', 'train_fields', 'experiment_command', 'tidy', 'parse', 'main']
 
 # %% ../nbs/18_cli.ipynb #bb605077
 import argparse
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from emo_r3.policy import VLProcessor
     from emo_r3.ranks import Ranks
     from emo_r3.reflection import Judge
+    from emo_r3.sampling import Sampler
     from emo_r3.train import TrainConfig
 
 # %% ../nbs/18_cli.ipynb #faf7908e
@@ -254,8 +255,10 @@ class Measure:
                  data: RunData, # the pictures
                  processor: "VLProcessor", # the policy's
                  judge: "Judge | None" = None, # asked about steps before and after; None: nobody
+                 ranks: "Ranks | None" = None, # the processes that share the pictures; None: this one alone
+                 sampler: "Sampler | None" = None, # draws the answers; None: the model itself
                 ):
-        self.config, self.data, self.processor, self.judge = config, data, processor, judge
+        self.config, self.data, self.processor, self.judge, self.ranks, self.sampler = config, data, processor, judge, ranks, sampler
         self.templates, self.reports, self._kept = PromptTemplates.from_dict(config.templates), {}, {}
 
     def __call__(self, model: "PreTrainedModel", when: str) -> dict[str, dict]: # domain -> figures
@@ -264,9 +267,10 @@ class Measure:
         from emo_r3.sampling import PolicySampler
         from emo_r3.train import reward_weights
         c, during, weights = self.config, when == "during", reward_weights(self.config)
+        quiet = during or self.ranks is not None and not self.ranks.first
         with torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-            self.reports[when] = {domain: evaluate(PolicySampler(model, self.processor), examples, method=c.method, templates=self.templates, max_new_tokens=c.max_completion_tokens,
-                                                   mode=weights.label_mode, judge=None if during else self.judge, weights=weights, reflection=c.reflection, progress="" if during else f"{when}: {domain}")
+            self.reports[when] = {domain: evaluate(self.sampler or PolicySampler(model, self.processor), examples, method=c.method, templates=self.templates, max_new_tokens=c.max_completion_tokens,
+                                                   mode=weights.label_mode, judge=None if during else self.judge, weights=weights, reflection=c.reflection, progress="" if quiet else f"{when}: {domain}", ranks=self.ranks)
                                   for domain, examples in (self.data.during if during else self.data.test).items()}
         return {domain: report.to_dict() for domain, report in self.reports[when].items()}
 
@@ -287,13 +291,28 @@ def load_pair(policy: str, # "embedded", a folder, or a hub id
               four_bit: bool = False, # hold them in NF4
               **pixels: int | None, # min_pixels and max_pixels of `load_processor`
              ) -> tuple["PreTrainedModel", "VLProcessor"]: # the model, on the GPU if there is one
-    "Returns a policy and its processor; raises as `load_policy` and `load_processor` do."
+    "Returns a policy and its processor; raises as `load_policy` and `load_processor` do, and ValueError where one does not belong to the other."
     import torch
     from transformers.utils import logging
     from emo_r3.policy import load_policy, load_processor
     logging.disable_progress_bar()
     processor = load_processor(policy, **pixels)  # first: it takes no time, and what it lacks is soon told
-    return load_policy(policy, dtype, "cuda" if torch.cuda.is_available() else "cpu", four_bit), processor
+    model = load_policy(policy, dtype, "cuda" if torch.cuda.is_available() else "cpu", four_bit)
+    check_pair(policy, model, processor)
+    return model, processor
+
+
+def check_pair(policy: str, # for the message
+               model: "PreTrainedModel", # with an adapter or without
+               processor: "VLProcessor", # meant for it
+              ) -> None:
+    "Raises ValueError where a processor would give a picture other tokens than its model makes features of it, or another mark."
+    from emo_r3.policy import reads_once, unwrapped
+    config, images = unwrapped(model).config, processor.image_processor
+    if reads_once(model):
+        for name, told in (("patch_size", "patch_size"), ("temporal_patch_size", "temporal_patch_size"), ("merge_size", "spatial_merge_size")):
+            if getattr(images, name) != getattr(config.vision_config, told): raise ValueError(f"policy {policy}: {name} = {getattr(images, name)} in preprocessor_config.json, {told} = {getattr(config.vision_config, told)} in config.json: a picture would have other tokens than features; allowed: the image processor that belongs to the model")
+    if processor.image_token_id != config.image_token_id: raise ValueError(f"policy {policy}: {processor.image_token} is token {processor.image_token_id} of the tokenizer, image_token_id = {config.image_token_id} in config.json; allowed: the tokenizer that belongs to the model")
 
 
 def check_writable(path: Path, # a folder or file to be written
@@ -314,7 +333,7 @@ def run(config: "TrainConfig", # every choice
        ) -> Path: # the report's page
     "Trains, evaluates before and after, prints the difference as a table, writes the report; raises ValueError or OSError for what cannot work, Stopped where a signal ended it."
     from emo_r3.ranks import Ranks
-    from emo_r3.train import check_start, train
+    from emo_r3.train import check_start, run_sampler, train
     ranks = ranks or Ranks(config.rank_timeout_s)
     check_start(output_dir, resume)
     check_writable(Path(output_dir), "output_dir")
@@ -339,13 +358,16 @@ def run(config: "TrainConfig", # every choice
         policy = policy.merge_and_unload()  # where this run starts, and its reference
     if config.lora_rank: policy = add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)
     frozen = reference(policy) if config.method in WITH_STEPS else None  # judges steps before and after; without steps the trainer copies only if it needs to
-    measure = Measure(config, data, processor, PolicyJudge(frozen, processor, adapter=False) if frozen is not None else None)
+    sampler = None if config.sampler == "policy" else run_sampler(config, policy, processor, ranks)
+    measure = Measure(config, data, processor, PolicyJudge(frozen, processor, adapter=False) if frozen is not None else None, ranks, sampler)
     def conclude() -> dict: # while summary.json, which says that all is done, is not there yet
         reports = {when: r for when, r in measure.reports.items() if when != "during"}
         if ranks.first:
             for when, by_domain in reports.items(): write_predictions(Path(output_dir) / "predictions" / f"{when}.jsonl", by_domain)
         return {"comparison": {domain: compare(before, reports["after"][domain]).to_dict() for domain, before in reports.get("before", {}).items()}, **({"manifests": data.manifests} if data.manifests else {})}
-    summary = train(config, policy, processor, data.train, output_dir, evaluate=measure, frozen=frozen, recipe=recipe, conclude=conclude, resume=resume, accept_changes=accept_changes, quarantined=len(aside), ranks=ranks)
+    try: summary = train(config, policy, processor, data.train, output_dir, evaluate=measure, sampler=sampler, frozen=frozen, recipe=recipe, conclude=conclude, resume=resume, accept_changes=accept_changes, quarantined=len(aside), ranks=ranks)
+    finally:
+        if sampler is not None: sampler.close()
     if not ranks.first: return Path(output_dir) / "report.html"
     if "reported" in summary: print(f"measured and saved: {summary['reported']['checkpoint']}, the best on validation pictures ({summary['reported']['validation_accuracy']:.1%} there)")
     print(f"greedy answers on {config.eval_size} test pictures a domain at most; accuracy and shares in %, with 95 % intervals; changes in points, p by McNemar's test")
@@ -374,7 +396,7 @@ def train_options(parser: argparse.ArgumentParser) -> None:
     _field_options(parser)
 
 
-def _recipe_option(parser: argparse.ArgumentParser) -> None: parser.add_argument("recipe", metavar="RECIPE", help=f"{', '.join(recipe_names())}, or the path of a YAML file")
+def _recipe_option(parser: argparse.ArgumentParser, **more: object) -> None: parser.add_argument("recipe", metavar="RECIPE", **more, help=f"{', '.join(recipe_names())}, or the path of a YAML file")
 
 
 _PLANNING = {"gpus": {"metavar": "NxNAME", "help": "devices to plan for, such as 8xH20"}, "explain": {"action": "store_true", "help": "also list every field: its value, who set it, and where its default comes from"}}
@@ -442,10 +464,10 @@ def train_command(args: argparse.Namespace) -> None:
 # %% ../nbs/18_cli.ipynb #52d6e624
 def plan_options(parser: argparse.ArgumentParser) -> None:
     "Adds the recipe, the devices, what is assumed, and every field of TrainConfig."
-    parser.usage = "emo-r3 plan [-h] [--gpus NxNAME] [--sharded] [--picture WxH] [--completion-tokens N] [--explain] [--FIELD VALUE ...] RECIPE"
-    _recipe_option(parser)
+    parser.usage = "emo-r3 plan [-h] [--gpus NxNAME] [--memory GB,GB,...] [--picture WxH] [--completion-tokens N] [--explain] [--FIELD VALUE ...] RECIPE [RECIPE ...]"
+    _recipe_option(parser, nargs="+")
     parser.add_argument("--gpus", **_PLANNING["gpus"])
-    parser.add_argument("--sharded", action="store_true", help="weights, gradients and optimizer divided among the devices (FSDP2): a formula, training does not do it yet")
+    parser.add_argument("--memory", metavar="GB,GB,...", help="a table instead, for one recipe or several: do they fit into devices of these sizes, and what to change")
     parser.add_argument("--picture", metavar="WxH", help="a typical picture's width and height, pixels (default: as in the data if it is here, else 784x784)")
     parser.add_argument("--completion-tokens", type=float, metavar="N", help="mean length of a completion, tokens (default: 300)")
     parser.add_argument("--explain", **_PLANNING["explain"])
@@ -463,17 +485,23 @@ def data_here(config: "TrainConfig") -> tuple[int | None, int | None, tuple[int,
 
 def plan_command(args: argparse.Namespace) -> None:
     "Print what a run would take: data, steps, tokens, memory and time, from formulas. Loads no weights, downloads nothing."
-    from emo_r3.plan import Assumptions, choices_table, plan_run, plan_table, usual_gpus
-    given = given_fields(args)
-    name, config = run_config(args.recipe, given)
-    wanted, (there, tested, picture) = lambda option: getattr(args, option, None), data_here(config)
+    from emo_r3.plan import Assumptions, choices_table, parse_gpus, plan_run, plan_table, sizes_table, usual_gpus
+    given, recipes = given_fields(args), [args.recipe] if isinstance(args.recipe, str) else args.recipe
+    wanted = lambda option: getattr(args, option, None)
+    if len(recipes) > 1 and not wanted("memory"): raise ValueError(f"RECIPE: {len(recipes)} came; allowed: one, or several with --memory 24,40,80")
+    name, config = run_config(recipes[0], given)
+    there, tested, picture = data_here(config) if not wanted("memory") else (None, None, None)
     if wanted("picture"):
         if not re.fullmatch(r"\d+x\d+", args.picture): raise ValueError(f"--picture = {args.picture!r}; allowed: width and height in pixels, such as 1024x768")
         picture = tuple(map(int, args.picture.split("x")))
     assumed = Assumptions(**{k: v for k, v in (("picture", picture), ("completion_tokens", wanted("completion_tokens"))) if v is not None})
+    if wanted("memory"):
+        if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)*", args.memory): raise ValueError(f"--memory = {args.memory!r}; allowed: GB of devices, such as 24,40,80")
+        runs = {recipe: run_config(recipe, given)[1] for recipe in recipes}
+        return print(printable(sizes_table(runs, [float(gb) for gb in args.memory.split(",")], dict.fromkeys(runs, parse_gpus(args.gpus)[0]) if wanted("gpus") else {}, assumed), keep="\n"))
     gpus = wanted("gpus") or usual_gpus(config)
-    plan = plan_run(config, gpus, assumed, there, tested, bool(wanted("sharded")))
-    if wanted("explain"): print(choices_table(config, read_recipe(args.recipe)[1], given), end="\n\n")
+    plan = plan_run(config, gpus, assumed, there, tested)
+    if wanted("explain"): print(choices_table(config, read_recipe(recipes[0])[1], given), end="\n\n")
     print(printable(plan_table(plan), keep="\n"))
     if gpus and not wanted("gpus"): print(f"  {gpus} is a guess; --gpus names other devices")
     if config.data.partition(":")[0] != "scenes" and there is None: print(printable(f"  {config.data} is not here, so nothing was counted in it; --data says where your copy is"))
@@ -601,15 +629,19 @@ def evaluate_command(args: argparse.Namespace) -> None:
     data, (templates, pixels) = eval_data(args), read_asking(args, WITHOUT_TRAINING)
     import torch
     from emo_r3.evaluate import evaluate, report_table, write_predictions
+    from emo_r3.ranks import Ranks
     from emo_r3.rewards import RewardWeights
     from emo_r3.sampling import PolicyJudge, PolicySampler
+    ranks = Ranks()  # under torchrun or accelerate launch, processes share the pictures
+    if ranks.world > 1 and args.method in WITHOUT_TRAINING: raise ValueError(f"--method {args.method} on {ranks.world} processes; allowed: one")
     model, processor = load_pair(args.policy, **pixels)
     judge = PolicyJudge(model, processor) if args.method in WITH_STEPS else None  # a policy measured by itself judges its own steps
     if args.method in WITHOUT_TRAINING:
         from emo_r3.sepm import SEPM_METHODS, sepm_report
         measure = lambda xs, domain: sepm_report(model, processor, xs, SEPM_METHODS[args.method], templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, progress=domain)
-    else: measure = lambda xs, domain: evaluate(PolicySampler(model, processor), xs, method=args.method, templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, judge=judge, weights=RewardWeights.preset(args.preset), progress=domain)
+    else: measure = lambda xs, domain: evaluate(PolicySampler(model, processor), xs, method=args.method, templates=templates, mode=args.mode, max_new_tokens=args.max_tokens, judge=judge, weights=RewardWeights.preset(args.preset), progress=domain if ranks.first else "", ranks=ranks)
     with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=args.precision == "bf16"): reports = {domain: measure(xs, domain) for domain, xs in data.items()}
+    if not ranks.first: return
     print("greedy answers; accuracy and shares in %, with 95 % intervals (page 14 explains the columns)")
     print(report_table(reports))
     if args.predictions: write_predictions(args.predictions, reports)
@@ -691,6 +723,25 @@ def report_command(args: argparse.Namespace) -> None:
     from emo_r3.explore import RunReport
     print(RunReport(args.run).write())
 
+# %% ../nbs/18_cli.ipynb #367004ce
+def export_options(parser: argparse.ArgumentParser) -> None:
+    "Adds what is exported, and how."
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a run's folder, a checkpoint in it, or a policy's folder")
+    add("--output", required=True, metavar="DIR", help="a new or empty folder")
+    add("--merge", nargs="?", const="full", metavar="ONTO", help="put the adapter into the weights: full, the base's own, loaded anew (without a word: full), or dequantised, the four-bit weights that it was trained on, written out (default: it stays an adapter)")
+    add("--dtype", metavar="NAME", help="of full or merged weights: fp32 or bf16 (default: as they were held in training)")
+    add("--base", metavar="NAME", help="what an adapter that is kept calls its base: a hub id, or a folder (default: as in training)")
+
+
+def export_command(args: argparse.Namespace) -> None:
+    "Write a trained policy as a plain transformers folder with a model card; prints how far it is from what was trained."
+    check_writable(Path(args.output), "--output")
+    from transformers.utils import logging
+    from emo_r3.export import export_policy
+    logging.disable_progress_bar()
+    print(printable(str(export_policy(args.source, args.output, args.merge, args.dtype, args.base)), keep="\n"))
+
 # %% ../nbs/18_cli.ipynb #e20ad1b8
 def experiment_options(parser: argparse.ArgumentParser) -> None:
     "Adds which table or figure, on which data."
@@ -733,7 +784,7 @@ def experiment_command(args: argparse.Namespace) -> None:
 
 # %% ../nbs/18_cli.ipynb #82ad355d
 _COMMANDS = {"train": (train_options, train_command), "plan": (plan_options, plan_command), "evaluate": (evaluate_options, evaluate_command),
-             "predict": (predict_options, predict_command), "report": (report_options, report_command), "experiment": (experiment_options, experiment_command),
+             "predict": (predict_options, predict_command), "report": (report_options, report_command), "export": (export_options, export_command), "experiment": (experiment_options, experiment_command),
              "data check": (check_options, check_command), "data sample": (sample_options, sample_command)}
 
 

@@ -36,6 +36,7 @@ from .parsing import SETCompletion, description, match_label, read_completion
 from .groups import group_logps
 from .policy import VLProcessor, completion_logps, encode_prompts, reads_once, unwrapped
 from .prompts import DEFAULT_TEMPLATES, EVAL_METHODS, WITH_STEPS, Messages, PromptTemplates, method_messages
+from .ranks import Ranks
 from .reflection import Judge, ReflectionVerdict, reflect
 from .rewards import RewardWeights, format_reward
 from .sampling import PolicySampler, Sampler
@@ -237,19 +238,24 @@ def evaluate(
     reflection: str = "score",  # how a judge is asked: "score" or "generate"
     batch_size: int = 64,  # pictures in memory at a time
     progress: str = "",  # title of a progress bar; "": no bar
+    ranks: Ranks | None = None,  # the processes that share the work; None: this one alone
 ) -> EvalReport:
     "Returns the report of one greedy completion a picture, every picture counted; raises ValueError naming what cannot be evaluated."
     check_evaluation(examples, method, mode, batch_size)
     weights, graded = weights or RewardWeights(), []
-    with tqdm(total=len(examples), desc=progress, disable=not progress) as bar:
-        for start in range(0, len(examples), batch_size):
-            part = examples[start: start + batch_size]
+    mine = examples if ranks is None else examples[ranks.rank:: ranks.world]
+    with tqdm(total=len(mine), desc=progress, disable=not progress) as bar:
+        for start in range(0, len(mine), batch_size):
+            part = mine[start: start + batch_size]
             rollouts = sampler.sample([method_messages(method, e.question, e.load_image(), templates) for e in part], 1, max_new_tokens, 0.0)
             completions = [read_completion(method, text, templates) for text in rollouts.texts]
             verdicts = [None] * len(part)
             if judge is not None and method in WITH_STEPS: verdicts = reflect(completions, part, judge, weights, mode=reflection, templates=templates)
             graded += [grade(*row, weights=weights) for row in zip(part, completions, [method] * len(part), [mode] * len(part), rollouts.ended.tolist(), verdicts, strict=True)]
             bar.update(len(part))
+    if ranks is not None and ranks.world > 1:
+        dealt = ranks.every([asdict(g) for g in graded], "sharing an evaluation")
+        graded = [Graded(**dealt[i % ranks.world][i // ranks.world]) for i in range(len(examples))]
     return EvalReport(tuple(graded), examples[0].label_set, method, mode)
 
 # %% ../nbs/14_evaluate.ipynb #0ef561d1

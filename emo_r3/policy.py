@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['EMBEDDED_POLICY', 'BASE_FILE', 'MODEL_TYPES', 'LORA_LAYERS', 'policy_path', 'load_policy', 'reads_once',
            'check_trainable', 'VLProcessor', 'load_processor', 'as_plain_text', 'Picture', 'SquarePicture', 'Prompts',
-           'prompt_text', 'encode_prompts', 'banned_tokens', 'has_adapter', 'unwrapped', 'logits_to_logps',
-           'completion_logps', 'add_lora', 'reference', 'as_reference', 'sync', 'staged_folder', 'save_policy']
+           'join_prompts', 'prompt_text', 'encode_prompts', 'banned_tokens', 'has_adapter', 'unwrapped',
+           'logits_to_logps', 'completion_logps', 'add_lora', 'reference', 'as_reference', 'sync', 'staged_folder',
+           'save_policy']
 
 # %% ../nbs/08_policy.ipynb #fb9cf2eb
 import copy
@@ -14,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -365,6 +366,15 @@ class Prompts:
         if self.with_grids: out |= {"mm_token_type_ids": (ids == self.image_token_id).long()} | ({"image_grid_thw": torch.tensor([p.grid for p in shown])} if shown else {})
         return out
 
+
+def join_prompts(found: Sequence[Prompts], # one or more, of one processor
+                ) -> Prompts:
+    "Returns all prompts one after another, each different picture once."
+    pictures = {p.key: p for one in found for p in one.pictures}
+    order = {key: i for i, key in enumerate(pictures)}
+    shown = [None if p is None else order[one.pictures[p].key] for one in found for p in one.picture_of]
+    return Prompts(tuple(ids for one in found for ids in one.ids), tuple(pictures.values()), tuple(shown), found[0].image_token_id, found[0].pad_token_id, found[0].with_grids)
+
 # %% ../nbs/08_policy.ipynb #fd534901
 def _shown(messages: Messages) -> Image.Image | None:
     "Returns the picture in a chat; raises ValueError for more than one."
@@ -511,9 +521,10 @@ def save_policy(model: PreTrainedModel, # what to save
                 processor: VLProcessor, # its processor, saved beside it
                 folder: str | Path, # written whole or not at all
                 dtype: torch.dtype | None = None, # of the saved weights; None keeps the model's
+                weights: Mapping[str, torch.Tensor] | None = None, # by name, where the model itself does not have them whole (page 11c)
                ) -> Path:
     "Writes safetensors, configuration and processor as transformers does, of a policy with an adapter the adapter alone; returns the folder."
-    state = {k: v.to(dtype) for k, v in model.state_dict().items()} if dtype else None  # of an adapter, peft picks out its own
+    state = None if dtype is None and weights is None else {k: v.to(dtype or v.dtype) for k, v in (model.state_dict() if weights is None else weights).items()}  # of an adapter, peft picks out its own
     with staged_folder(Path(folder)) as staging:
         if has_adapter(model): (staging / BASE_FILE).write_text(json.dumps({"four_bit": bool(getattr(unwrapped(model), "is_loaded_in_4bit", False))}), encoding="utf-8")
         model.save_pretrained(staging, state_dict=state, **({"save_embedding_layers": False} if has_adapter(model) else {}))

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'AT_REST', 'SCHEDULES', 'PEAK_TFLOPS', 'UNTOUCHED', 'Evaluation',
-           'STATE', 'FIXED', 'knob', 'TrainConfig', 'check_config', 'check_method', 'reward_weights', 'loss_options',
-           'make_config', 'score_completions', 'Experience', 'pieces', 'row_logps', 'score_rollouts', 'Trainer',
-           'update', 'asked', 'to_advantages', 'given_answers', 'collect', 'Depleted', 'take_groups', 'join',
-           'group_means', 'collect_live', 'BegunStep', 'begin_step', 'parts', 'make_updates', 'train_step',
-           'completion_figures', 'experience_metrics', 'peak_tflops', 'update_flops', 'step_metrics', 'throughput',
-           'epoch_order', 'place_of_step', 'step_seed', 'rank_share', 'number_of_steps', 'group_record', 'write_sample',
-           'check_run_folder', 'plain_config', 'write_whole', 'write_config', 'append_metrics', 'eval_metrics',
-           'Progress', 'pack_step', 'unpack_step', 'Moment', 'data_sha256', 'save_run', 'save_rank', 'save_common',
-           'read_state', 'check_same', 'load_run', 'check_start', 'find_start', 'write_skipped', 'validation_accuracy',
-           'Run', 'open_trackers', 'train']
+           'STATE', 'FIXED', 'FREE', 'knob', 'TrainConfig', 'check_config', 'check_method', 'reward_weights',
+           'loss_options', 'make_config', 'score_completions', 'Experience', 'pieces', 'row_logps', 'score_rollouts',
+           'make_optimizer', 'run_sampler', 'written_answers', 'Trainer', 'update', 'asked', 'to_advantages',
+           'given_answers', 'collect', 'Depleted', 'take_groups', 'join', 'widened', 'group_means', 'collect_live',
+           'BegunStep', 'begin_step', 'parts', 'make_updates', 'train_step', 'completion_figures', 'experience_metrics',
+           'peak_tflops', 'update_flops', 'step_metrics', 'throughput', 'epoch_order', 'place_of_step', 'step_seed',
+           'rank_share', 'number_of_steps', 'group_record', 'write_sample', 'check_run_folder', 'plain_config',
+           'write_whole', 'write_config', 'append_metrics', 'eval_metrics', 'Progress', 'pack_step', 'unpack_step',
+           'Moment', 'data_sha256', 'save_run', 'save_rank', 'whole_weights', 'save_common', 'read_state', 'check_same',
+           'load_run', 'check_start', 'find_start', 'take_from', 'put_together', 'group_tokens', 'balanced', 'redealt',
+           'write_skipped', 'validation_accuracy', 'Run', 'open_trackers', 'train']
 
 # %% ../nbs/12_train.ipynb #4d876a5b
 import hashlib
@@ -24,7 +25,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -40,20 +41,22 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .advantages import batch_normalize, gdpo_sums, group_advantages, informative_groups
-from .checkpoint import (Stopped, StopSignals, check_checkpoint, checkpoint_name, checkpoints, differences, latest_checkpoint, library_versions, source_commit, load_optimizer, load_weights, new_checkpoint, only_one, weights_sha256,
+from .checkpoint import (Stopped, StopSignals, check_checkpoint, checkpoint_name, checkpoints, differences, latest_checkpoint, library_versions, source_commit, gathered, load_optimizer, load_weights, new_checkpoint, only_one, weights_sha256,
                                optimizer_tensors, prune_checkpoints, random_states, read_json, read_tensors, set_random_states, DamagedCheckpoint)
 from .data import EmotionExample, check_choice, did_you_mean, printable
 from .published import DATA_FORMATS, format_labels
 from .loss import LOSS_TYPES, grpo_loss, loss_normalizer, sampler_correction, token_weights
 from .parsing import SETCompletion, description, read_completion
 from .groups import Cost, PictureFeatures, Shape, checkpointed, cut_groups, group_logps
-from .policy import VLProcessor, as_reference, check_trainable, completion_logps, encode_prompts, has_adapter, reference, save_policy, sync, unwrapped
-from .ranks import Ranks
+from .policy import VLProcessor, as_reference, check_trainable, completion_logps, encode_prompts, has_adapter, join_prompts, reference, save_policy, sync, unwrapped
+from .ranks import Ranks, even_shares
+from .sharding import SHARDINGS, Spread, chosen_sharding, clip_gradients
 from .prompts import METHODS, Messages, PromptTemplates, method_messages
 from .reflection import Judge, ReflectionVerdict, judge_accuracy, reflect
 from .rewards import ExtraReward, RewardRecord, RewardWeights, extra_rewards, reward_completion, reward_shares
 from .sampling import PolicyJudge, PolicySampler, Rollouts, Sampler, check_sampling
 from .scenes import is_grounded
+from .vllm_sampler import SAMPLERS, check_engine, check_temperature, make_sampler
 
 # %% ../nbs/12_train.ipynb #6020968b
 def knob(default, # the value, or a function that makes it
@@ -103,6 +106,8 @@ class TrainConfig:
     filter_low: float = knob(0.01, "a group is kept above this mean", "EasyR1")
     filter_high: float = knob(0.99, "and below this one", "EasyR1")
     max_refills: int = knob(20, "times that a step may draw pictures, the first included, before the run ends as depleted", "EasyR1")
+    sampler: str = knob("policy", "who draws completions, and reflects where judge is policy: policy (itself), vllm (an engine with a copy of its weights, on the same device) or vllm_server (a running server), see page 10b", "released code: vllm")
+    vllm: dict = knob(dict, "options of that engine, such as {gpu_memory_utilization: 0.45}; of a server {url: ..., folder: ...}", "ours")
     # -- the update
     prompts_per_update: int = knob(256, "pictures an optimizer update; several updates a step reuse its rollouts", "released code")
     epochs_per_step: int = knob(1, "passes over a step's rollouts", "EasyR1")
@@ -113,11 +118,13 @@ class TrainConfig:
     lr_schedule: str = knob("constant", "how the learning rate goes: constant, or linear or cosine, which fall to 0 over the run", "paper, Sec. 4.1")
     weight_decay: float = knob(1e-2, "of AdamW", "released code")
     adam_betas: tuple = knob((0.9, 0.999), "of AdamW", "EasyR1")
+    optimizer: str = knob("adamw", "adamw (8 bytes a weight that learns), or of bitsandbytes adamw_8bit (2 bytes) and paged_adamw_8bit (which a GPU that runs short moves to the host's memory)", "EasyR1")
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", "released code")
     freeze_vision: bool = knob(False, "keep the vision tower as it is and train the text model alone", "released code trains it")
     lora_rank: int = knob(0, "train an adapter of this rank on the text model instead of the weights; 0: the weights", "ours")
     lora_alpha: float = knob(32.0, "the adapter's change is scaled by lora_alpha / lora_rank", "ours")
     four_bit: bool = knob(False, "hold the weights under the adapter in four bits (NF4)", "ours")
+    sharding: str | None = knob(None, "what each process holds of a policy trained in full: none (all of it), zero2 (a part, and its weights and gradients whole while it computes) or zero3 (a part, and its weights whole while it samples); null: as accelerate's launch file says, or none", "page 11c")
     precision: str = knob("bf16", "of the forward pass: fp32 or bf16; weights and optimizer stay fp32", "EasyR1")
     # -- the loss
     loss_type: str | None = knob(None, "a loss by TRL's name, which decides ratio, average and clip: grpo, dapo, bnpo, dr_grpo, gspo (its paper's epsilons are 3e-4 and 4e-4) or cispo; null: those three as they stand", "ours")
@@ -153,7 +160,7 @@ class TrainConfig:
 
 # %% ../nbs/12_train.ipynb #277479d2
 CHOICES = {"label_set": ("emoset8", "emotion6", "webemo7"), "method": METHODS, "preset": ("paper", "released"), "judge": ("policy", "reference"),
-           "reflection": ("score", "soft", "generate"), "filter_key": ("none", "overall", "accuracy"), "advantage": ("group", "mean", "gdpo"), "clip": ("ppo", "cispo"), "tis_level": ("token", "sequence"), "report": ("last", "best"), "lr_schedule": ("constant", "linear", "cosine"), "precision": ("fp32", "bf16"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
+           "reflection": ("score", "soft", "generate"), "filter_key": ("none", "overall", "accuracy"), "advantage": ("group", "mean", "gdpo"), "clip": ("ppo", "cispo"), "tis_level": ("token", "sequence"), "report": ("last", "best"), "lr_schedule": ("constant", "linear", "cosine"), "precision": ("fp32", "bf16"), "sampler": SAMPLERS, "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"), "kl": ("k1", "k2", "k3"), "ratio": ("token", "sequence"),
            "average": ("token", "sequence", "constant")}
 AT_LEAST = {"num_generations": 1, "max_refills": 1, "max_completion_tokens": 1, "prompts_per_step": 1, "prompts_per_update": 1, "epochs_per_step": 1, "tokens_per_forward": 1, "lora_rank": 0, "epochs": 1,
             "max_steps": 1, "train_size": 1, "eval_size": 1, "eval_every": 0, "eval_during": 1, "sample_every": 0, "save_every": 0, "keep_last": 1, "max_skipped_updates": 1, "min_pixels": 1, "max_pixels": 1,
@@ -167,7 +174,7 @@ def check_config(config: "TrainConfig") -> None:
     def complain(name, allowed): raise ValueError(f"{name} = {getattr(config, name)!r}; allowed: {allowed}")
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     for name, allowed in CHOICES.items(): check_choice(name, getattr(config, name), allowed)
-    for name, allowed in (("loss_type", tuple(LOSS_TYPES)), ("data_format", DATA_FORMATS)):
+    for name, allowed in (("loss_type", tuple(LOSS_TYPES)), ("data_format", DATA_FORMATS), ("sharding", SHARDINGS)):
         if getattr(config, name) is not None: check_choice(name, getattr(config, name), allowed)
     for name in config.trackers: check_choice("trackers", name, TRACKERS)
     kinds = {f.name: f.type for f in fields(config)}
@@ -189,19 +196,24 @@ def check_config(config: "TrainConfig") -> None:
     if config.train_size < config.prompts_per_step: complain("train_size", f"prompts_per_step = {config.prompts_per_step} or more, as a last partial batch is dropped")
     if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels: complain("min_pixels", f"max_pixels = {config.max_pixels} or less")
     if config.seed >= 2**31: complain("seed", "a whole number from 0 to 2147483647")
+    if config.sharding in ("zero2", "zero3"):
+        if config.lora_rank: complain("sharding", "none with lora_rank above 0, for an adapter's gradients are small, and the frozen weights are needed whole")
+        if config.optimizer != "adamw": complain("sharding", "none, or optimizer = 'adamw', for bitsandbytes does not know weights in parts")
     if config.four_bit and not config.lora_rank: complain("four_bit", "false, or an adapter to train: lora_rank = 1 or more")
     if len(config.adam_betas) != 2 or not all(number(b) and 0 <= b < 1 for b in config.adam_betas): complain("adam_betas", "two numbers from 0 to below 1")
     for name in ("freeze_vision", "shared_prefix", "gradient_checkpointing", "four_bit", "keep_best", "evaluate_before"):
         if not isinstance(getattr(config, name), bool): complain(name, "true or false")
-    for name, what in (("templates", "template names to texts"), ("label_map", "words of the data to labels"), ("eval_sets", "names to data sets")):
+    for name, what in (("templates", "template names to texts"), ("label_map", "words of the data to labels"), ("eval_sets", "names to data sets"), ("vllm", "an engine's options to values")):
         if not isinstance(getattr(config, name), Mapping): complain(name, f"a mapping from {what}")
     if config.data_format and config.label_set != format_labels(config.data_format).name: complain("label_set", f"{format_labels(config.data_format).name}, with data_format = {config.data_format}")
     if config.report == "best" and not (config.eval_every and config.save_every and config.keep_best): complain("report", "last, or best with eval_every and save_every above 0 and keep_best = true")
+    check_engine(config.sampler, config.vllm, bool(config.lora_rank))
+    if config.sampler != "policy": check_temperature(config.temperature)
     check_method(config)
     reward_weights(config), PromptTemplates.from_dict(config.templates)
 
 
-AT_REST = {"num_generations": 1, "beta": 0, "filter_key": "none", "advantage": "group", "temperature": 1, "tis_cap": None, "loss_type": None, "ratio": "token", "clip": "ppo", "judge": "policy", "reflection": "score"}  # fields that supervised learning has no use for
+AT_REST = {"num_generations": 1, "beta": 0, "filter_key": "none", "advantage": "group", "temperature": 1, "tis_cap": None, "loss_type": None, "ratio": "token", "clip": "ppo", "judge": "policy", "reflection": "score", "sampler": "policy"}  # fields that supervised learning has no use for
 
 
 def check_method(config: "TrainConfig") -> None:
@@ -309,6 +321,44 @@ SCHEDULES = {"constant": lambda optimizer, updates: ConstantLR(optimizer, 1.0), 
              "cosine": lambda optimizer, updates: CosineAnnealingLR(optimizer, updates)}
 
 
+def make_optimizer(config: TrainConfig, # its kind, rate, decay and betas
+                   learns: Sequence[torch.nn.Parameter], # the weights that learn, all on one device
+                   say: bool = True, # tell of a paged one that cannot page here
+                  ) -> torch.optim.Optimizer:
+    "Returns AdamW, in eight bits where the configuration says so; raises ValueError where bitsandbytes is missing or does not run on the device."
+    options = {"lr": config.learning_rate, "betas": tuple(config.adam_betas), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw": return torch.optim.AdamW(learns, **options)
+    asked, device = f"optimizer = {config.optimizer!r}", next(iter(learns)).device
+    try: from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+    except ImportError as error: raise ValueError(f"{asked}: bitsandbytes cannot be imported ({' '.join(str(error).split())[:200]}); allowed here: 'adamw', or pip install bitsandbytes") from error
+    pages = config.optimizer == "paged_adamw_8bit" and device.type != "cpu"
+    kind = PagedAdamW8bit if pages else AdamW8bit
+    tried = torch.zeros(2**17, device=device, requires_grad=True)  # large enough to be paged
+    tried.grad = torch.ones_like(tried)
+    try: kind([tried], **options).step()
+    except torch.OutOfMemoryError: raise
+    except Exception as error: raise ValueError(f"{asked}: bitsandbytes' {kind.__name__} does not run on {device} ({type(error).__name__}: {' '.join(str(error).split())[:200]}); allowed here: 'adamw'") from error
+    if say and config.optimizer == "paged_adamw_8bit" and not pages: print("emo-r3: optimizer = 'paged_adamw_8bit': there is nothing to page to from the CPU, so it is adamw_8bit, with the same numbers", file=sys.stderr)
+    return kind(learns, **options)
+
+
+def run_sampler(config: TrainConfig, # says who draws
+                policy: PreTrainedModel, # whose completions
+                processor: VLProcessor, # its processor
+                ranks: Ranks | None = None, # the processes that train together; None: this one alone
+                features: PictureFeatures | None = None, # remembered pictures, where the policy itself draws
+               ) -> Sampler:
+    "Returns who draws a run's completions; raises ImportError, ValueError or RuntimeError for an engine that is not there or cannot be started."
+    if config.sampler == "policy": return PolicySampler(policy, processor, shared_prefix=config.shared_prefix, features=features)
+    return make_sampler(config.sampler, config.vllm, policy, processor, ranks, **written_answers(config))
+
+
+def written_answers(config: TrainConfig) -> dict[str, float]: # temperature and top_p of a judge
+    "Returns how a judge's written answers are drawn, as the preset says; nothing where none are written."
+    w = reward_weights(config)
+    return {"temperature": w.judge_temperature, "top_p": w.judge_top_p} if config.reflection == "generate" else {}
+
+
 class Trainer:
     "What lives through a run: the policy, its optimizer, the frozen reference, and whom to ask."
     def __init__(self, config: TrainConfig, # every choice
@@ -334,19 +384,38 @@ class Trainer:
         needed = config.beta > 0 or (reflects and config.judge == "reference" and judge is None)
         self.reference = (reference(policy) if frozen is None else frozen) if needed else None
         if started and self.reference is policy: raise ValueError(f"policy: its adapter has been trained already ({started[0]} is not zero), so that with the adapter off it is not what it is now; allowed: merge it into the weights first (`merge_and_unload`), then add a fresh one")
+        how, bf16 = chosen_sharding(config.sharding), config.precision == "bf16"
+        copied = self.reference is not None and self.reference is not policy
+        if copied and how != "none" and self.ranks.world > 1 and bf16: self.reference.to(torch.bfloat16)  # as the policy's whole weights are
+        self.spread = Spread(policy, how, self.ranks, bf16)
+        self.reference_spread = Spread(self.reference, how, self.ranks) if copied else self.spread
         self.reference_pictures = self.pictures if sees_the_same or self.reference is None else PictureFeatures(self.reference)
         asked, seen = (self.reference, self.reference_pictures) if config.judge == "reference" else (policy, self.pictures)
-        written = {"temperature": self.weights.judge_temperature, "top_p": self.weights.judge_top_p} if config.reflection == "generate" else {}
         self.judge_timeout_s = None if judge is None else config.judge_timeout_s  # our own judge is this process' work, not somebody's service
-        self.judge = (judge or PolicyJudge(asked, processor, max_tokens=config.tokens_per_forward, shared_prefix=config.shared_prefix, features=seen, adapter=config.judge != "reference", **written)) if reflects else None
-        self.sampler = sampler or PolicySampler(policy, processor, shared_prefix=config.shared_prefix, features=self.pictures)
+        self.sampler = sampler or run_sampler(config, policy, processor, self.ranks, self.pictures)
+        able = config.judge == "policy" and all(callable(getattr(self.sampler, m, None)) for m in ("score", "generate"))  # it reflects in the same window, with the same weights
+        self.judge = (judge or (self.sampler if able else PolicyJudge(asked, processor, max_tokens=config.tokens_per_forward, shared_prefix=config.shared_prefix, features=seen, adapter=config.judge != "reference", **written_answers(config)))) if reflects else None
         self.learns = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.learns.values(), lr=config.learning_rate, betas=tuple(config.adam_betas), weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(config, list(self.learns.values()), say=self.ranks.first)
         self.scheduler = SCHEDULES[config.lr_schedule](self.optimizer, updates)
 
     def learned(self) -> None:
-        "Forgets what the vision tower saw with its old weights."
+        "Forgets what the vision tower saw with its old weights, and tells whoever samples with a copy of them."
         if self.update_features is None: self.pictures.clear()
+        if hasattr(self.sampler, "learned"): self.sampler.learned()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        "Lets all weights be on this rank while the block lasts (page 11c)."
+        with self.spread.whole(), self.reference_spread.whole(): yield
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        "Lets completions be drawn and questions be answered while the block lasts, with the present weights."
+        with self.whole(), ExitStack() as window:
+            if hasattr(self.sampler, "awake"):
+                with self.autocast(): window.enter_context(self.sampler.awake())  # it compares itself with the policy, as the update computes it
+            yield
 
     def clock(self) -> float: # s
         "Returns the time at which all work that was given to the device is done."
@@ -363,7 +432,7 @@ def update(trainer: Trainer, # holds policy and optimizer
            ref_logps: torch.Tensor | None, # (N, T) under the reference; None without a KL penalty
           ) -> dict[str, float]:
     "Takes one optimizer step on a part of the rollouts of every rank; returns its metrics. Raises FloatingPointError, weights untouched, if loss or gradient is not finite. (Eq. 1)"
-    c, ranks, rollouts, metrics, gap = trainer.config, trainer.ranks, experience.rollouts, {"loss": 0.0}, 0.0
+    c, ranks, spread, rollouts, metrics, gap = trainer.config, trainer.ranks, trainer.spread, experience.rollouts, {"loss": 0.0}, 0.0
     options = loss_options(c)
     all_tokens = rollouts.completion_mask.view(len(experience.examples), -1)[pictures].view(-1, rollouts.completion_mask.shape[1])  # (n, T)
     counted = loss_normalizer(all_tokens, options["average"])
@@ -371,29 +440,32 @@ def update(trainer: Trainer, # holds policy and optimizer
     live = int(rollouts.completion_mask.view(len(experience.examples), -1)[pictures].sum())
     normalizer, tokens = ranks.total([counted, live], "an update's tokens")  # over the whole update, whatever the cuts and on whatever rank, dead groups included
     tokens = max(1, tokens)
-    for p in trainer.learns.values(): p.grad = torch.zeros_like(p)  # not None: an update of dead groups alone still is one, to AdamW's momentum and decay
-    with checkpointed(trainer.policy, c.gradient_checkpointing):
-        for rows in pieces(rollouts, pictures, c):
+    for p in trainer.learns.values(): p.grad = None if spread.in_parts else torch.zeros_like(p)  # of a whole policy not None: an update of dead groups alone still is one, to AdamW's momentum and decay
+    work = [(rows, 1.0) for rows in pieces(rollouts, pictures, c)]
+    if spread.lockstep: work += [(rollouts.lengths.argmin()[None], 0.0)] * (max(ranks.every(len(work), "counting forward passes")) - len(work))  # ranks make the same number
+    with checkpointed(trainer.policy, c.gradient_checkpointing), nullcontext() if spread.lockstep else spread.whole():
+        for rows, weight in work:
             mask = rollouts.completions(rows)[1].to(trainer.policy.device)
             cut = lambda full: full[rows, :mask.shape[1]].to(trainer.policy.device)
             with trainer.autocast():
-                logps, entropy = row_logps(trainer.policy, rollouts, rows, c, trainer.update_features, with_entropy=True)  # (n, T)
+                logps, entropy = spread.forward(lambda: row_logps(trainer.policy, rollouts, rows, c, trainer.update_features, with_entropy=True))  # (n, T)
             old, sampled = logps.detach() if old_logps is None else cut(old_logps), cut(rollouts.logps)  # (n, T)
             if c.method == "sft": loss, parts = -(token_weights(mask.bool(), options["average"], c.max_completion_tokens, normalizer).to(logps.dtype) * logps.masked_fill(mask == 0, 0.0)).sum(), {}
             else: loss, parts = grpo_loss(logps, logps if old_logps is None else old, cut(experience.advantages.flatten()[:, None])[:, 0], mask, ref_logps=None if ref_logps is None else cut(ref_logps),
                                           beta=c.beta, epsilon_low=c.epsilon_low, epsilon_high=c.epsilon_high, max_tokens=c.max_completion_tokens, normalizer=normalizer, kl=c.kl,
                                           importance=None if c.tis_cap is None else sampler_correction(old, sampled, mask.bool(), c.tis_cap, c.tis_level), **options)
-            loss.backward()
+            (loss * weight).backward()
+            if not weight: continue
             parts |= {"loss": loss.detach(), "entropy": (entropy * mask).sum() / tokens}
             if c.method != "sft":
                 off = (old - sampled).abs() * mask
                 gap = max(gap, off.max().item())
                 parts["sampling/sampling_logp_difference/mean"] = off.sum() / tokens
             for name, value in parts.items(): metrics[name] = metrics.get(name, 0.0) + float(value)
-    ranks.add_gradients(trainer.learns.values())
+        spread.add_gradients(trainer.learns.values())
     said = ranks.every((metrics, gap), "an update's figures")
     metrics = {name: sum(m[name] for m, _ in said if name in m) for name in dict.fromkeys(n for m, _ in said for n in m)}
-    norm = torch.nn.utils.clip_grad_norm_(trainer.learns.values(), c.max_grad_norm).item()
+    norm = clip_gradients(trainer.learns.values(), c.max_grad_norm)
     metrics["learning_rate"] = trainer.optimizer.param_groups[0]["lr"]  # before the schedule moves on
     if not (math.isfinite(norm) and math.isfinite(metrics["loss"])): raise FloatingPointError(f"loss = {metrics['loss']}, grad_norm = {norm}: the update was not made and the weights stay as they were")
     trainer.optimizer.step()
@@ -469,17 +541,23 @@ def take_groups(experience: Experience, # B groups
     return Experience(tuple(e.examples[b] for b in groups), rollouts, some(e.completions), some(e.verdicts), some(e.rewards), e.advantages[list(groups)])
 
 
-def join(trainer: Trainer, # whose prompts they are
-         found: Sequence[Experience], # one or more
-        ) -> Experience:
-    "Returns several experiences as one."
+def join(found: Sequence[Experience]) -> Experience:
+    "Returns several experiences, one or more, as one."
     widest = max(e.rollouts.completion_ids.shape[1] for e in found)
-    together = lambda name, fill: torch.cat([torch.nn.functional.pad(t, (0, widest - t.shape[1]), value=fill) for t in (getattr(e.rollouts, name) for e in found)])
+    prompts = join_prompts([e.rollouts.prompts for e in found])
+    together = lambda name, fill: torch.cat([widened(getattr(e.rollouts, name), widest, fill) for e in found])
     one = lambda name: tuple(x for e in found for x in getattr(e, name))
-    prompts = encode_prompts(trainer.processor, asked(trainer, one("examples")))
     rollouts = Rollouts(prompts, together("completion_ids", prompts.pad_token_id), together("completion_mask", 0), together("logps", 0.0), torch.cat([e.rollouts.ended for e in found]),
                         tuple(t for e in found for t in e.rollouts.texts), found[0].rollouts.num_generations)
     return Experience(one("examples"), rollouts, one("completions"), None if found[0].verdicts is None else one("verdicts"), one("rewards"), torch.cat([e.advantages for e in found]))
+
+
+def widened(rows: torch.Tensor, # (n, t)
+            width: int, # T, t or more
+            fill: float, # for what is new
+           ) -> torch.Tensor: # (n, T)
+    "Returns rows made longer at their right end."
+    return torch.nn.functional.pad(rows, (0, width - rows.shape[1]), value=fill)
 
 # %% ../nbs/12_train.ipynb #c22e802a
 def group_means(experience: Experience, key: str) -> torch.Tensor: # (B,)
@@ -512,7 +590,7 @@ def collect_live(trainer: Trainer, # the run's state
         here = f" (process{'es' if len(lacked) > 1 else ''} {', '.join(map(str, lacked))} of {trainer.ranks.world} had too few)" if trainer.ranks.world > 1 else ""
         raise Depleted(f"only {sums[0]:.0f} of {drawn:.0f} groups passed the filter ({c.filter_low} < mean {c.filter_key} < {c.filter_high}) in {draw + 1} draw{'s' if draw else ''}, of {len(examples) * trainer.ranks.world} that a step needs{here}; "
                        f"{sums[1] / drawn:.0%} were all right, {sums[2] / drawn:.0%} all wrong", figures)
-    return join(trainer, kept), draw + 1, figures
+    return join(kept), draw + 1, figures
 
 # %% ../nbs/12_train.ipynb #a43494d2
 @dataclass
@@ -524,7 +602,7 @@ class BegunStep:
     timing: dict[str, float]  # seconds a phase
     updates: list[dict[str, float]]  # metrics of each update made
     deals: int = 1  # how often pictures were dealt for it; more than once only where groups are filtered
-    filtered: dict[str, float] = field(default_factory=dict)  # metrics of the filter
+    filtered: dict[str, float] = field(default_factory=dict)  # metrics of the filter and of the sampler
     places: tuple[int, ...] = ()  # where its pictures stand among those that the run trains on
 
 
@@ -534,20 +612,22 @@ def begin_step(trainer: Trainer, # the run's state
                deal: Callable[[int], tuple[Sequence[EmotionExample], int]] | None = None, # the pictures and the seed of a later draw, 1 is the first refill; needed where groups are filtered
               ) -> BegunStep:
     "Returns a step before its first update: lines 3 to 10 of Algorithm 1, and what the loss compares with. No weight changes. Raises Depleted where too few groups pass the filter."
-    c, timing, deals, filtered = trainer.config, {}, 1, {}
-    if c.filter_key == "none": experience = collect(trainer, examples, seed, timing)  # lines 3-10: sample, parse, reflect, score, normalise
-    else: experience, deals, filtered = collect_live(trainer, examples, seed, timing, deal)
+    c, timing, deals, filtered, clock = trainer.config, {}, 1, {}, trainer.clock()
+    with trainer.awake():
+        if hasattr(trainer.sampler, "awake"): timing["timing_s/sync"] = trainer.clock() - clock
+        if c.filter_key == "none": experience = collect(trainer, examples, seed, timing)  # lines 3-10: sample, parse, reflect, score, normalise
+        else: experience, deals, filtered = collect_live(trainer, examples, seed, timing, deal)
     if c.advantage == "gdpo":
         everyone = torch.tensor(trainer.ranks.every(experience.advantages.tolist(), "a step's advantages"))  # (ranks, B, G)
         alive = (experience.advantages != 0).any(1, keepdim=True)  # a group without variance stays at 0, though the batch's mean is not exactly 0
         experience = replace(experience, advantages=batch_normalize(experience.advantages, everyone, trainer.weights.std, trainer.weights.eps) * alive)
     clock, old_logps, ref_logps = trainer.clock(), None, None
-    with trainer.autocast():
+    with trainer.whole(), trainer.autocast():
         if c.method != "sft" and (len(parts(trainer, len(examples))) > 1 or c.tis_cap is not None): old_logps = score_rollouts(trainer.policy, experience.rollouts, c, trainer.pictures)
         if c.beta > 0:
             with as_reference(trainer.reference) as frozen: ref_logps = score_rollouts(frozen, experience.rollouts, c, trainer.reference_pictures)
     timing["timing_s/logps"], timing["timing_s/update"] = trainer.clock() - clock, 0.0
-    return BegunStep(experience, old_logps, ref_logps, timing, [], deals, filtered)
+    return BegunStep(experience, old_logps, ref_logps, timing, [], deals, filtered | getattr(trainer.sampler, "figures", dict)())
 
 
 def parts(trainer: Trainer, n: int) -> list[torch.Tensor]: # each (prompts_per_update / ranks,)
@@ -645,6 +725,9 @@ def throughput(trainer: Trainer, experience: Experience, figures: Sequence[Mappi
     "Returns completion tokens and completions a second of a step, and the update's utilisation of this rank's device (MFU), where its peak is known."
     step, peak = timing["step_time"], peak_tflops(trainer.config, trainer.policy.device)
     out = {"perf/tokens_per_s": sum(f["length"] for f in figures) / step, "perf/rollouts_per_s": len(figures) / step}
+    if trainer.ranks.world > 1:
+        read = trainer.ranks.every(sum(group_tokens(experience)), "a step's tokens")
+        out["perf/rank_balance"] = sum(read) / len(read) / max(read)
     return out if peak is None else out | {"perf/mfu": update_flops(trainer, experience) / (timing["timing_s/update"] * peak * 1e12)}
 
 # %% ../nbs/12_train.ipynb #05f85483
@@ -790,8 +873,13 @@ def pack_step(begun: BegunStep) -> tuple[dict[str, torch.Tensor], dict]: # tenso
         "rewards": [asdict(r) for r in e.rewards], "timing": begun.timing, "updates": begun.updates, "deals": begun.deals, "filtered": begun.filtered, "places": list(begun.places)}
 
 
-def unpack_step(trainer: "Trainer", examples: Sequence[EmotionExample], tensors: Mapping[str, torch.Tensor], plain: Mapping) -> BegunStep:
-    "Returns the step that `pack_step` packed."
+def unpack_step(trainer: "Trainer",
+                everything: Sequence[EmotionExample], # that the run trains on
+                tensors: Mapping[str, torch.Tensor],
+                plain: Mapping,
+               ) -> BegunStep:
+    "Returns the step that `pack_step` packed; raises DamagedCheckpoint where it is about other pictures."
+    examples = [everything[i] for i in plain["places"]]
     if plain["ids"] != [x.id for x in examples]: raise DamagedCheckpoint(f"the step under way is about {', '.join(plain['ids'][:3])} ..., the configuration deals {', '.join(x.id for x in examples[:3])} ...")
     c, t = trainer.config, {name.removeprefix("step/"): value for name, value in tensors.items() if name.startswith("step/")}
     made_again = lambda kind, values: kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
@@ -831,10 +919,11 @@ def save_run(folder: Path, # the run's
     "Writes a checkpoint, unless the same one is there, and removes old ones; returns its folder. Every rank adds its own part. Raises OSError, earlier ones intact, where it cannot be written."
     target, c, ranks = folder / "checkpoints" / progress.name, trainer.config, trainer.ranks
     if ranks.told(target.exists() and progress.step > 0, "before a checkpoint"): return target
+    weights, memory = whole_weights(trainer), gathered(optimizer_tensors(trainer.optimizer, list(trainer.learns)).items(), ranks.first)  # from all ranks, where they lie in parts
     with new_checkpoint(target) if ranks.first else nullcontext() as mine:
         staging = ranks.told(str(mine), "a checkpoint's folder")
         save_rank(Path(staging), ranks.rank, progress, moment)
-        if ranks.first: save_common(mine, folder, trainer, progress, examples)
+        if ranks.first: save_common(mine, folder, trainer, progress, examples, weights, memory)
         ranks.meet("the parts of a checkpoint")
     if ranks.first: prune_checkpoints(folder / "checkpoints", c.keep_last, progress.best[1] if progress.best else None)
     return target
@@ -847,10 +936,15 @@ def save_rank(staging: Path, rank: int, progress: Progress, moment: "Moment") ->
     (staging / f"rank_{rank}.json").write_text(json.dumps({"random": moment.plain, "begun": plain, "kept": moment.kept}), encoding="utf-8")
 
 
-def save_common(staging: Path, folder: Path, trainer: "Trainer", progress: Progress, examples: Sequence[EmotionExample]) -> None:
+def whole_weights(trainer: "Trainer") -> dict[str, torch.Tensor] | None: # on the first rank, of a policy in parts
+    "Returns the weights to be saved by name; None where the policy itself has them whole. Every rank must ask."
+    return gathered(trainer.policy.named_parameters(), trainer.ranks.first) if trainer.spread.in_parts else None
+
+
+def save_common(staging: Path, folder: Path, trainer: "Trainer", progress: Progress, examples: Sequence[EmotionExample], weights: dict[str, torch.Tensor] | None, memory: dict[str, torch.Tensor]) -> None:
     "Writes what all ranks share: policy, optimizer, metrics so far, and how far the run is under which configuration."
-    save_policy(trainer.policy, trainer.processor, staging / "policy")
-    save_file(optimizer_tensors(trainer.optimizer, list(trainer.learns)), staging / "optimizer.safetensors")
+    save_policy(trainer.policy, trainer.processor, staging / "policy", weights=weights)
+    save_file(memory, staging / "optimizer.safetensors")
     state = {"step": progress.step, "before": progress.before, "best": progress.best, "skipped": progress.skipped, "wall_s": progress.wall_s, "order": progress.order, "dealt": progress.dealt,
              "scheduler": trainer.scheduler.state_dict(), "param_groups": trainer.optimizer.state_dict()["param_groups"], "examples_sha256": data_sha256(examples), "ranks": trainer.ranks.world, "policy_sha256": trainer.began_as,
              "extras": {e.name: e.weight for e in trainer.extras}, "config": plain_config(trainer.config), "versions": library_versions()}
@@ -870,7 +964,8 @@ def read_state(where: Path, # a checkpoint
     return state
 
 # %% ../nbs/12_train.ipynb #c364ea23
-FIXED = ("prompts_per_step", "prompts_per_update", "epochs_per_step", "num_generations", "seed", "method", "filter_key", "learning_rate", "lr_schedule", "weight_decay", "adam_betas", "lora_rank", "freeze_vision")  # kept by the optimizer, the schedule or a step under way
+FIXED = ("prompts_per_step", "prompts_per_update", "epochs_per_step", "num_generations", "seed", "method", "filter_key", "learning_rate", "lr_schedule", "weight_decay", "adam_betas", "optimizer", "lora_rank", "freeze_vision")  # kept by the optimizer, the schedule or a step under way
+FREE = ("sharding",)  # how the work lies on the machines at hand
 
 
 def check_same(state: Mapping, # of a checkpoint
@@ -883,13 +978,14 @@ def check_same(state: Mapping, # of a checkpoint
                accept_changes: bool, # of the configuration, where it can change within a run; told, not refused
               ) -> None:
     "Raises ValueError, field by field, where a checkpoint belongs to another configuration, and for other training pictures; other versions of libraries are told on stderr."
-    changed = differences(state["config"] | {"extras": state["extras"]}, json.loads(json.dumps(plain_config(config))) | {"extras": {e.name: e.weight for e in extras}})
+    free = lambda fields: {name: value for name, value in fields.items() if name not in FREE}
+    changed = differences(free(state["config"]) | {"extras": state["extras"]}, free(json.loads(json.dumps(plain_config(config)))) | {"extras": {e.name: e.weight for e in extras}})
     if changed and not accept_changes: raise ValueError(f"checkpoint {where} was made under another configuration ({'; '.join(changed)}); allowed: the same, or --accept-changes, or --resume never for a new run")
     fixed = [line for line in changed if line.partition(":")[0] in FIXED + (("epochs", "max_steps") if config.lr_schedule != "constant" else ())]
     if fixed: raise ValueError(f"checkpoint {where}: {'; '.join(fixed)} cannot change within a run, for the optimizer, its schedule or the order of pictures keep it; allowed: the same, or --resume never for a new run")
     if state["examples_sha256"] != data_sha256(examples): raise ValueError(f"checkpoint {where} was made on other training pictures (their ids, labels, questions or order differ); allowed: the same ones, or --resume never for a new run")
     if state["policy_sha256"] != began_as: raise ValueError(f"checkpoint {where}: its run began with other weights than the policy given now; allowed: policy = {config.policy!r} as it was at the start, for the reference is made from it")
-    if state["ranks"] != ranks: raise ValueError(f"checkpoint {where} was made by {state['ranks']} processes, there {'is' if ranks == 1 else 'are'} {ranks}; allowed: as many")
+    if state["ranks"] != ranks: print(f"emo-r3: resuming on another number of processes: {state['ranks']} -> {ranks}; from the next step on they draw other completions", file=sys.stderr)
     for what, lines in (("configuration", changed), ("versions", differences(state["versions"], library_versions()))):
         for line in lines: print(f"emo-r3: resuming under another {what.removesuffix('s')}: {line}", file=sys.stderr)
 
@@ -906,13 +1002,17 @@ def load_run(folder: Path, # the run's
     load_optimizer(trainer.optimizer, list(trainer.learns), read_tensors(where / "optimizer.safetensors"), state["param_groups"])
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.pictures.clear()
-    tensors, own = read_tensors(where / f"rank_{trainer.ranks.rank}.safetensors"), read_json(where / f"rank_{trainer.ranks.rank}.json")
+    trainer.learned()
+    rank, there = trainer.ranks.rank, range(state["ranks"])
+    tensors, own = read_tensors(where / f"rank_{rank if rank in there else 0}.safetensors"), read_json(where / f"rank_{rank if rank in there else 0}.json")
     progress = Progress(state["step"], None, state["before"], tuple(state["best"]) if state["best"] else None, state["skipped"], state["wall_s"], tuple(state["order"]), state["dealt"])
-    if own["begun"]: progress.begun = unpack_step(trainer, [examples[i] for i in own["begun"]["places"]], tensors, own["begun"])
+    if own["begun"]:
+        all_begun = [unpack_step(trainer, examples, read_tensors(where / f"rank_{r}.safetensors"), read_json(where / f"rank_{r}.json")["begun"]) for r in (there if trainer.ranks.world != state["ranks"] else [rank])]
+        progress.begun = all_begun[0] if trainer.ranks.world == state["ranks"] else redealt(trainer, all_begun)
     if progress.best and not (folder / "checkpoints" / progress.best[1]).is_dir(): progress.best = None  # a branch does not have it
     for name, kept in own["kept"].items():
         if hasattr(helpers.get(name), "set_kept_state"): helpers[name].set_kept_state(kept)
-    set_random_states(tensors, own["random"])
+    if rank in there: set_random_states(tensors, own["random"])
     return progress
 
 # %% ../nbs/12_train.ipynb #33a9c926
@@ -941,6 +1041,57 @@ def find_start(output_dir: str | Path, # the run's folder
     if found is None and not own: raise ValueError(f"resume = {str(resume)!r}: holds no checkpoint that is whole; allowed: auto, never, a checkpoint's folder, or a run's")
     if there and found is None: raise ValueError(f"{folder}: none of its {len(there)} checkpoints is whole (they were renamed damaged_...); allowed: another folder, or --resume PATH with one that is")
     return found
+
+# %% ../nbs/12_train.ipynb #d0a0c520
+def take_from(begun: BegunStep, # B groups
+              groups: Sequence[int], # which, n of them
+             ) -> BegunStep: # n groups
+    "Returns chosen groups of a begun step."
+    G = begun.experience.rollouts.num_generations
+    rows = [b * G + g for b in groups for g in range(G)]
+    some = lambda values: None if values is None else values[rows]
+    return replace(begun, experience=take_groups(begun.experience, groups), old_logps=some(begun.old_logps), ref_logps=some(begun.ref_logps), places=tuple(begun.places[b] for b in groups))
+
+
+def put_together(found: Sequence[BegunStep]) -> BegunStep:
+    "Returns parts of a begun step as one; what was measured is the first one's."
+    experience = join([b.experience for b in found])
+    width = experience.rollouts.completion_ids.shape[1]
+    one = lambda name: None if getattr(found[0], name) is None else torch.cat([widened(getattr(b, name), width, 0.0) for b in found])
+    return replace(found[0], experience=experience, old_logps=one("old_logps"), ref_logps=one("ref_logps"), places=tuple(i for b in found for i in b.places))
+
+
+def group_tokens(experience: Experience) -> list[int]: # B
+    "Returns how many tokens an update reads of each group, its prompt once."
+    r = experience.rollouts
+    return (r.prompts.lengths + r.lengths.view(-1, r.num_generations).sum(1)).tolist()
+
+
+def balanced(trainer: Trainer, begun: BegunStep, examples: Sequence[EmotionExample]) -> BegunStep:
+    "Returns this rank's groups of a step after the ranks have swapped some, so that in each update all have about as many tokens."
+    ranks, size = trainer.ranks, trainer.config.prompts_per_update // trainer.ranks.world
+    if ranks.world == 1: return begun
+    tokens = ranks.every(group_tokens(begun.experience), "comparing tokens")
+    wanted = [[] for _ in tokens]  # for each rank the groups it gets: (whose they are, which)
+    for at in range(0, len(tokens[0]), size):
+        for mine, share in zip(wanted, even_shares([t[at: at + size] for t in tokens])): mine += [(rank, at + i) for rank, i in share]
+    leaving = [{rank: [i for owner, i in mine if owner == r] for rank, mine in enumerate(wanted) if rank != r} for r in range(ranks.world)]  # by owner and new owner
+    if not any(groups for one in leaving for groups in one.values()): return begun
+    def packed(groups: list[int]) -> dict:
+        tensors, plain = pack_step(take_from(begun, groups))
+        return {"tensors": {name: t.tolist() for name, t in tensors.items()}, "plain": plain}
+    sent = ranks.every({str(rank): packed(groups) for rank, groups in leaving[ranks.rank].items() if groups}, "swapping groups")
+    came = {r: unpack_step(trainer, examples, {name: torch.tensor(v) for name, v in sent[r][str(ranks.rank)]["tensors"].items()}, sent[r][str(ranks.rank)]["plain"]) for r in range(ranks.world) if r != ranks.rank and leaving[r][ranks.rank]}
+    mine = [take_from(begun, [i]) if owner == ranks.rank else take_from(came[owner], [leaving[owner][ranks.rank].index(i)]) for owner, i in wanted[ranks.rank]]
+    return replace(put_together(mine), timing=begun.timing, filtered=begun.filtered, updates=begun.updates)
+
+
+def redealt(trainer: Trainer, found: Sequence[BegunStep]) -> BegunStep:
+    "Returns this rank's share of a step that another number of ranks began."
+    size, ranks = trainer.config.prompts_per_update, trainer.ranks
+    before, here = size // len(found), size // ranks.world
+    whole = put_together([take_from(b, range(at, at + before)) for at in range(0, len(found[0].places), before) for b in found])  # update by update
+    return take_from(whole, [at + ranks.rank * here + i for at in range(0, len(whole.places), size) for i in range(here)])
 
 # %% ../nbs/12_train.ipynb #e231256e
 def write_skipped(folder: Path, step: int, begun: BegunStep, why: str, ranks: Ranks) -> Path:
@@ -1011,7 +1162,7 @@ class Run:
     def evaluate(self, evaluation: "Evaluation | None", when: str) -> dict[str, dict]:
         "Returns an evaluation's figures; a signal stops it at once."
         if evaluation is None: return {}
-        with self.at_once(): report = evaluation(self.trainer.policy, when)
+        with self.at_once(), self.trainer.awake(): report = evaluation(self.trainer.policy, when)
         self.check_stop()
         return self.trainer.ranks.told(report, "an evaluation's figures")
 
@@ -1040,7 +1191,7 @@ class Run:
         with self.at_once(): begun = begin_step(self.trainer, *self.deal(), *more)
         where = {id(x): i for i, x in enumerate(self.examples)}
         begun.places = tuple(where[id(x)] for x in begun.experience.examples)
-        return begun
+        return balanced(self.trainer, begun, self.examples)
 
     def step(self, step: int, last: bool, evaluation: "Evaluation | None") -> dict[str, float]:
         "Makes one step, or the rest of it, and returns its metrics; where a signal comes, a checkpoint is saved before Stopped is raised."
@@ -1090,6 +1241,7 @@ class Run:
         if p.best[1] != p.name:
             load_weights(self.trainer.policy, self.folder / "checkpoints" / p.best[1] / "policy")
             self.trainer.pictures.clear()
+            self.trainer.learned()
         return {"checkpoint": p.best[1], "validation_accuracy": p.best[0]}
 
 
@@ -1124,6 +1276,8 @@ def train(config: TrainConfig, # every choice
     if (steps := number_of_steps(config, len(examples))) < 1: raise ValueError(f"train_size: {len(examples)} pictures were found; allowed: prompts_per_step = {config.prompts_per_step} or more")
     if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     ranks = ranks or Ranks(config.rank_timeout_s)
+    how = chosen_sharding(config.sharding)  # what cannot be is told before anything is read
+    if how != "none" and config.lora_rank: raise ValueError(f"sharding = {how!r}, as accelerate's launch file says; allowed with lora_rank above 0: none, so distributed_type: MULTI_GPU")
     if config.prompts_per_update % ranks.world: raise ValueError(f"prompts_per_update = {config.prompts_per_update}; allowed: a multiple of the number of processes, {ranks.world}")
     folder, helpers = Path(output_dir), {"evaluate": evaluate, "sampler": sampler, "judge": judge}
     if ranks.first:
@@ -1133,7 +1287,8 @@ def train(config: TrainConfig, # every choice
     with only_one(folder) if ranks.first else nullcontext(), StopSignals() as stop:
         found = ranks.told(str(find_start(folder, resume) or "") if ranks.first else "", "where to begin")
         start, began_as = Path(found) if found else None, weights_sha256(policy)
-        if len(set(ranks.every(json.dumps([data_sha256(examples), began_as, plain_config(config)]), "comparing what each begins with"))) > 1: raise ValueError("the processes of this run have different pictures, policies or configurations; allowed: the same in each")
+        for what, here in (("pictures", data_sha256(examples)), ("weights", began_as), ("configurations", plain_config(config))):
+            if len({json.dumps(one) for one in ranks.every(here, "comparing what each begins with")}) > 1: raise ValueError(f"the processes of this run begin with different {what}; allowed: the same in each")
         if start: check_same(state := read_state(start), start, config, examples, extras, ranks.world, began_as, accept_changes)
         set_seed(config.seed + ranks.rank)
         trainer = Trainer(config, policy, processor, sampler, judge, frozen, extras, updates=steps * config.epochs_per_step * config.prompts_per_step // config.prompts_per_update, ranks=ranks)
@@ -1162,8 +1317,9 @@ def train(config: TrainConfig, # every choice
         summary = {"recipe": recipe, "method": config.method, "seed": config.seed, "steps": p.step, "wall_s": round(p.wall_s + time.monotonic() - run.started, 1), "before": p.before, "after": after, "commit": source_commit(), "versions": library_versions(),
                    **({"ended": ended} if ended else {}), **({"reported": reported} if reported else {}),
                    **({"best": {"validation_accuracy": p.best[0], "checkpoint": p.best[1]}} if p.best else {}), **(conclude() if conclude else {})}
+        weights = whole_weights(trainer)
         if ranks.first:
-            save_policy(policy, processor, folder / "policy")
+            save_policy(policy, processor, folder / "policy", weights=weights)
             write_whole(folder / "summary.json", json.dumps(summary, indent=1))
         run.check_stop()
     return summary

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,9 @@ import emo_r3.checkpoint as checkpoint
 from emo_r3.checkpoint import (DamagedCheckpoint, Stopped, StopSignals, check_checkpoint, checkpoint_name, checkpoints, differences, latest_checkpoint, load_optimizer, load_weights, new_checkpoint, only_one,
                                optimizer_tensors, prune_checkpoints, random_states, set_random_states)
 from emo_r3.policy import save_policy, staged_folder
+
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def make(folder, step, updates=0):
@@ -289,3 +293,57 @@ def test_signals_are_left_alone_outside_the_main_thread():
     thread = threading.Thread(target=work)
     thread.start(), thread.join()
     assert seen == [None] and checkpoint.signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+# ---- optimizers in eight bits
+
+def learn(optimizer, weights, seed):
+    gen = torch.Generator().manual_seed(seed)
+    for w in weights: w.grad = torch.randn(w.shape, generator=gen).to(w)
+    optimizer.step()
+
+
+def eight_bit(kind, device="cpu"):
+    "A matrix large enough to be paged, one that is packed, and a bias that is not."
+    gen = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=gen).to(device)) for shape in ((400, 300), (64, 100), (16,))]
+    return weights, getattr(bitsandbytes.optim, kind)(weights, lr=1e-2, weight_decay=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("kind, device", [("AdamW8bit", "cpu"), ("PagedAdamW8bit", "cpu"), pytest.param("AdamW8bit", "cuda", marks=cuda), pytest.param("PagedAdamW8bit", "cuda", marks=cuda)])
+def test_bytes_of_an_optimizer_come_back(tmp_path, kind, device):
+    names, (weights, optimizer) = ["large", "small", "bias"], eight_bit(kind, device)
+    for seed in (1, 2): learn(optimizer, weights, seed)
+    save_file(optimizer_tensors(optimizer, names), tmp_path / "a.safetensors")
+    groups, half_way = json.loads(json.dumps(optimizer.state_dict()["param_groups"])), [w.detach().clone() for w in weights]
+    for seed in (3, 4): learn(optimizer, weights, seed)
+    others, other = eight_bit(kind, device)
+    with torch.no_grad():
+        for w, known in zip(others, half_way): w.copy_(known)
+    load_optimizer(other, names, load_file(tmp_path / "a.safetensors"), groups)
+    save_file(optimizer_tensors(other, names), tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    if device == "cuda": assert [getattr(other.state[w]["state1"], "is_paged", False) for w in others] == [kind == "PagedAdamW8bit", False, False]
+    for seed in (3, 4): learn(other, others, seed)
+    for w, known in zip(others, weights): assert torch.equal(w, known)
+    for w in (others[0], others[2]): assert not torch.equal(w, half_way[0 if w is others[0] else 2])
+    plain = {k: t.dtype for k, t in load_file(tmp_path / "a.safetensors").items()}
+    assert plain["large/state1"] == plain["small/state2"] == torch.uint8 and plain["bias/state1"] == torch.float32 and "bias/qmap1" not in plain
+
+
+def test_what_a_paged_optimizer_is_given_goes_where_it_keeps_it(monkeypatch):
+    "On a GPU that is managed memory; here a stand-in that can be told from other memory."
+    weights, optimizer = eight_bit("AdamW8bit")
+    learn(optimizer, weights, 1)
+    kept, groups = optimizer_tensors(optimizer, ["large", "small", "bias"]), optimizer.state_dict()["param_groups"]
+    others, other = eight_bit("AdamW8bit")
+    other.is_paged, made = True, []
+    def place(weight, dtype=torch.float32):
+        made.append(torch.zeros_like(weight, dtype=dtype))
+        return made[-1]
+    monkeypatch.setattr(other, "get_state_buffer", place)
+    load_optimizer(other, ["large", "small", "bias"], kept, groups)
+    assert len(made) == 6 and all(any(other.state[w][what] is t for t in made) for w in others for what in ("state1", "state2"))
+    for name, w in zip(("large", "small", "bias"), others):
+        for what in ("state1", "state2"): assert torch.equal(other.state[w][what], kept[f"{name}/{what}"])

@@ -1,6 +1,8 @@
 """The commands: what each leaves behind, how options become fields, and what is printed last. Bad input has a file of its own."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,7 +14,9 @@ import yaml
 from PIL import Image
 
 from emo_r3 import cli
+from emo_r3.cli import load_pair
 from emo_r3.data import EMOSET8
+from emo_r3.policy import EMBEDDED_POLICY
 from emo_r3.scenes import DOMAINS, book_example, make_scenes
 
 RUN_FOLDER = {"config.yaml", "metrics.jsonl", "summary.json", "samples", "policy", "report.html"}
@@ -367,3 +371,13 @@ def test_predict_runs(folder, tiny, capsys):
     book_example().image.save("ghost.png")
     code, out, err = run_main(capsys, "predict", "ghost.png", "--policy", tiny / "policy")
     assert code == 0 and out.startswith("ghost.png: "), err
+
+
+@pytest.mark.parametrize("file, values, says", [("preprocessor_config.json", {"merge_size": 1}, "merge_size = 1 in preprocessor_config.json, spatial_merge_size = 2 in config.json: a picture would have other tokens than features"),
+                                                ("preprocessor_config.json", {"patch_size": 14}, "patch_size = 14 in preprocessor_config.json, patch_size = 12"), ("config.json", {"image_token_id": 7}, "<|image_pad|> is token 5 of the tokenizer, image_token_id = 7")])
+def test_a_processor_of_another_model_is_refused(tmp_path, file, values, says):
+    "Else transformers complains, if at all, about shapes, deep inside the first forward pass."
+    folder = shutil.copytree(EMBEDDED_POLICY, tmp_path / "policy")
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+    with pytest.raises(ValueError, match=re.escape(says)): load_pair(str(folder))
+    load_pair("embedded")

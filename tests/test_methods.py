@@ -124,7 +124,7 @@ def test_refills_are_dealt_on_and_surplus_groups_are_left(examples, monkeypatch)
     timing = {}
     found, deals, figures = loop.collect_live(trainer, examples[:4], 0, timing, lambda draw: (examples[4 * draw: 4 * draw + 4], draw))
     assert [x.id for x in found.examples] == [examples[i].id for i in (2, 3, 6, 7)] and deals == 2 and timing == {"timing_s/rollout": 2.0}
-    whole = join(trainer, [fake(trainer, examples[4 * k: 4 * k + 4], RIGHT) for k in (0, 1)])
+    whole = join([fake(trainer, examples[4 * k: 4 * k + 4], RIGHT) for k in (0, 1)])
     same = take_groups(whole, [2, 3, 6, 7])
     for name in ("completion_ids", "completion_mask", "logps", "ended"): assert torch.equal(getattr(found.rollouts, name), getattr(same.rollouts, name)), name
     assert found.rollouts.texts == same.rollouts.texts == tuple(t for i in (2, 3, 6, 7) for t in whole.rollouts.texts[4 * i: 4 * i + 4]) and torch.equal(found.advantages, same.advantages)
@@ -138,7 +138,7 @@ def test_joined_experiences_teach_what_they_taught_apart(examples):
     def gradient(experience):
         update(trainer, experience, torch.arange(len(experience.examples)), None, None)
         return grads(trainer).clone()
-    again = join(trainer, [take_groups(whole, [0, 2]), take_groups(whole, [1]), take_groups(whole, [3])])
+    again = join([take_groups(whole, [0, 2]), take_groups(whole, [1]), take_groups(whole, [3])])
     assert [x.id for x in again.examples] == [examples[i].id for i in (0, 2, 1, 3)]
     assert torch.allclose(gradient(whole), gradient(again), atol=1e-6) and gradient(whole).norm() > 0
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from policies import processor
+from safetensors.torch import load_file
 
 import emo_r3.train
 from emo_r3.checkpoint import Stopped, checkpoints
@@ -23,7 +24,8 @@ from emo_r3.train import make_config, train
 BASE = make_config(dict(policy="embedded", train_size=8, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, learning_rate=1e-4, lr_schedule="linear", freeze_vision=True,
                         precision="fp32", min_pixels=None, max_pixels=None, eval_every=2, sample_every=2, save_every=2, epochs=2, max_steps=4, trackers=()))
 MODES = {"one update": BASE, "several updates": replace(BASE, prompts_per_update=2), "several epochs": replace(BASE, epochs_per_step=2, freeze_vision=False),
-         "adapter": replace(BASE, lora_rank=4, prompts_per_update=2), "written verdicts": replace(BASE, reflection="generate", prompts_per_update=2, beta=0.0)}
+         "adapter": replace(BASE, lora_rank=4, prompts_per_update=2), "written verdicts": replace(BASE, reflection="generate", prompts_per_update=2, beta=0.0),
+         "eight bits": replace(BASE, optimizer="adamw_8bit", prompts_per_update=2), "adapter on four bits": replace(BASE, optimizer="paged_adamw_8bit", lora_rank=48, four_bit=True, precision="bf16", max_steps=3)}
 CLOCKS = ("timing_s/", "perf/", "step_time")
 
 
@@ -43,7 +45,7 @@ class Evaluating:
 
 
 def go(config, folder, **options):
-    policy = load_policy()
+    policy = load_policy(four_bit=config.four_bit)
     if config.lora_rank: policy = add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed)
     return train(config, policy, processor(), make_scenes("in_domain", "train", config.train_size, seed=3), folder, evaluate=Evaluating(), **options)
 
@@ -102,7 +104,8 @@ def test_two_whole_runs_are_equal_and_another_seed_is_not(whole, tmp_path):
 
 MOMENTS = [("several updates", "update", 2, kill), ("several updates", "update", 6, terminate), ("several epochs", "update", 6, terminate), ("several epochs", "reflect", 4, kill), ("adapter", "update", 5, terminate),
            ("adapter", "append_metrics", 4, kill), ("written verdicts", "update", 5, terminate), ("written verdicts", "score_completions", 3, kill), ("one update", "begin_step", 3, terminate), ("one update", "save_run", 2, kill),
-           ("one update", "write_sample", 2, kill), ("one update", "save_policy", 4, kill), ("one update", "eval_metrics", 2, kill), ("several updates", "write_whole", 2, kill)]
+           ("one update", "write_sample", 2, kill), ("one update", "save_policy", 4, kill), ("one update", "eval_metrics", 2, kill), ("several updates", "write_whole", 2, kill),
+           ("eight bits", "update", 4, terminate), ("eight bits", "update", 7, kill), ("adapter on four bits", "update", 2, terminate), ("adapter on four bits", "append_metrics", 4, kill)]
 
 
 @pytest.mark.parametrize("mode, where, n, what", MOMENTS, ids=[f"{m}-{w}-{n}-{a.__name__}" for m, w, n, a in MOMENTS])
@@ -118,6 +121,18 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path, monkeypatch, mode,
     torch.manual_seed(99)  # nothing of this process is relied on
     go(MODES[mode], folder)
     assert everything(folder) == whole(mode)
+
+
+@pytest.mark.parametrize("mode", ["eight bits", "adapter on four bits"])
+def test_an_optimizer_in_eight_bits_keeps_bytes(whole, tmp_path, mode):
+    "What the runs above compare are bytes, not averages too small to be packed; and the optimizer cannot be exchanged within a run."
+    go(replace(MODES[mode], max_steps=1, lr_schedule="constant"), tmp_path / "run")
+    kept = load_file(checkpoints(tmp_path / "run" / "checkpoints")[-1] / "optimizer.safetensors")
+    packed = [name for name, t in kept.items() if name.endswith("/state1") and t.dtype == torch.uint8]
+    assert packed and all({f"{name[:-6]}{what}" for what in ("state2", "absmax1", "absmax2", "qmap1", "qmap2", "step")} <= set(kept) for name in packed)
+    assert sum(kept[name].count_nonzero() for name in packed) > 100 and {int(t) for n, t in kept.items() if n.endswith("/step")} == {4 // MODES[mode].prompts_per_update}
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(ValueError, match="optimizer: '(paged_)?adamw_8bit' -> 'adamw'.* cannot change within a run"): go(replace(MODES[mode], max_steps=2, lr_schedule="constant", optimizer="adamw"), tmp_path / "run", accept_changes=True)
 
 
 def test_stopped_again_and_again(whole, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The configuration refuses what cannot work; a step is repeatable, cut-independent and on-policy; a run writes all of its folder or says what is missing."""
 import json
 import math
+import sys
 from dataclasses import fields, replace
 
 import bitsandbytes
@@ -18,7 +19,7 @@ from emo_r3.prompts import set_messages
 from emo_r3.reflection import reflect
 from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.train import (TrainConfig, Trainer, collect, epoch_order, make_config, number_of_steps, pieces, place_of_step, reward_weights, score_rollouts, train, train_step, update)
+from emo_r3.train import (TrainConfig, Trainer, collect, epoch_order, make_config, make_optimizer, number_of_steps, pieces, place_of_step, reward_weights, score_rollouts, train, train_step, update)
 
 SMALL = make_config(dict(policy="embedded", train_size=16, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, learning_rate=1e-4,
                          precision="fp32", min_pixels=None, max_pixels=None, eval_every=1, sample_every=1, max_steps=2, trackers=("tensorboard",)))
@@ -190,6 +191,43 @@ def test_half_precision_samples_scores_and_learns(processor, examples, kind):
     _, m = train_step(trainer, examples[:4], seed=5)
     assert 0 < m["sampling/sampling_logp_difference/mean"] < 0.02 and m["kl"] < 0.02 and math.isfinite(m["grad_norm"])
     assert any(not torch.equal(a, p) for a, p in zip(before, (p for p in policy.parameters() if p.requires_grad)))
+
+
+def test_eight_bits_make_the_updates_that_whole_averages_make():
+    "One update by hand, then several beside torch's AdamW on the same gradients: apart by the rounding of a byte, not more; a gradient of exactly 0, as an adapter's A has it first, decays the weight and does nothing else."
+    torch.manual_seed(0)
+    start, grads = torch.randn(64, 128), torch.randn(8, 64, 128)
+    weights = {kind: torch.nn.Parameter(start.clone()) for kind in ("adamw", "adamw_8bit", "paged_adamw_8bit")}
+    config = replace(SMALL, learning_rate=1e-2, weight_decay=0.1)
+    optimizers = {kind: make_optimizer(replace(config, optimizer=kind), [w]) for kind, w in weights.items()}
+    for kind, w in weights.items():
+        w.grad = torch.zeros_like(w)
+        optimizers[kind].step()
+        torch.testing.assert_close(w.detach(), start * (1 - 1e-2 * 0.1))
+        w.data.copy_(start)
+    for g in grads:
+        for kind, w in weights.items():
+            w.grad = g.clone()
+            optimizers[kind].step()
+    went = (weights["adamw"] - start).abs().mean()
+    assert 0 < (weights["adamw_8bit"] - weights["adamw"]).abs().mean() < 0.03 * went and torch.equal(weights["adamw_8bit"], weights["paged_adamw_8bit"])
+    assert {kind: optimizers[kind].state[w].get("state1", torch.zeros(1)).dtype for kind, w in weights.items()} == {"adamw": torch.float32, "adamw_8bit": torch.uint8, "paged_adamw_8bit": torch.uint8}
+
+
+def test_an_optimizer_that_cannot_run_here_is_refused_by_name(monkeypatch, capsys):
+    weight, config = torch.nn.Parameter(torch.ones(4)), replace(SMALL, optimizer="adamw_8bit")
+    with pytest.raises(ValueError, match="optimizer.*'adam'.*adamw, adamw_8bit, paged_adamw_8bit"): replace(SMALL, optimizer="adam")
+    def broken(optimizer): raise RuntimeError("libbitsandbytes_cuda130.so: cannot open shared object file")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match=r"optimizer = 'adamw_8bit': bitsandbytes' AdamW8bit does not run on cpu \(RuntimeError: libbitsandbytes.*allowed here: 'adamw'"):
+        patch.setattr(bitsandbytes.optim.AdamW8bit, "step", broken)
+        make_optimizer(config, [weight])
+    make_optimizer(replace(SMALL, optimizer="paged_adamw_8bit"), [weight], say=False)
+    assert capsys.readouterr().err == ""
+    make_optimizer(replace(SMALL, optimizer="paged_adamw_8bit"), [weight])
+    assert "nothing to page to from the CPU, so it is adamw_8bit" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="optimizer = 'adamw_8bit': bitsandbytes cannot be imported .*allowed here: 'adamw', or pip install bitsandbytes"): make_optimizer(config, [weight])
+    make_optimizer(SMALL, [weight])  # asks for nothing
 
 
 def test_a_trained_adapter_is_not_taken_for_a_fresh_one(processor, examples, tmp_path):

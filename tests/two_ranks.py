@@ -62,7 +62,7 @@ def gradient(folder: Path) -> None:
         with double_throughout():
             metrics = loop.update(trainer, experience, torch.arange(len(experience.examples)), None, None)
         return torch.cat([p.grad.flatten() for p in trainer.learns.values()]), metrics
-    mine = parts[ranks.rank] if ranks.world > 1 else together(parts)
+    mine = parts[ranks.rank] if ranks.world > 1 else loop.join(parts)
     grad, metrics = taught(mine)
     if ranks.first: torch.save(grad, folder / f"gradient_{ranks.world}.pt")
     if ranks.world > 1:  # the mistake: every rank divides by its own tokens
@@ -72,16 +72,6 @@ def gradient(folder: Path) -> None:
         if ranks.first: torch.save(averaged / ranks.world, folder / "averaged_2.pt")
     figures = [f for one in ranks.every(loop.completion_figures(mine), "figures") for f in one]
     if ranks.first: print(json.dumps({"metrics": metrics | loop.experience_metrics(figures, config.num_generations), "lengths": [f["length"] for f in figures]}), flush=True)
-
-
-def together(parts: list) -> "loop.Experience":
-    "Two halves as one experience."
-    a, b = parts
-    wide = max(a.rollouts.completion_ids.shape[1], b.rollouts.completion_ids.shape[1])
-    both = lambda name, fill: torch.cat([torch.nn.functional.pad(t, (0, wide - t.shape[1]), value=fill) for t in (getattr(a.rollouts, name), getattr(b.rollouts, name))])
-    prompts = loop.encode_prompts(processor(), [loop.method_messages("set", x.question, x.load_image()) for x in (*a.examples, *b.examples)])
-    rollouts = loop.Rollouts(prompts, both("completion_ids", prompts.pad_token_id), both("completion_mask", 0), both("logps", 0.0), torch.cat([a.rollouts.ended, b.rollouts.ended]), a.rollouts.texts + b.rollouts.texts, a.rollouts.num_generations)
-    return loop.Experience(a.examples + b.examples, rollouts, a.completions + b.completions, None, a.rewards + b.rewards, torch.cat([a.advantages, b.advantages]))
 
 
 if __name__ == "__main__": {"train": train, "gradient": gradient}[sys.argv[1]](Path(sys.argv[2]))

