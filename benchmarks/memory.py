@@ -1,6 +1,6 @@
 """Memory by part and moment as torch allocates it on a CPU: a whole step of a Qwen2.5-VL of middling size with random weights. Page 15b holds its formulas against it.
 
-    python benchmarks/memory.py                       # all cases that the record does not have yet, each in a process of its own; some ten minutes on one core
+    python benchmarks/memory.py                       # all cases that the record does not have yet, each in a process of its own; a minute a case at most, 30 in all
     python benchmarks/memory.py --ways lora --shapes long --output memory_lora
 
 What is held all the time is counted in the tensors that are there; what comes on top at each moment by torch's profiler, which sees every block that its CPU allocator hands out and takes

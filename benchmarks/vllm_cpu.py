@@ -47,34 +47,32 @@ def measure(lora: bool = False, merged: bool = False, four_bit: bool = False, bf
     questions = [consistency_messages(m[0]["content"][0]["image"], "A ghost stands out.") for m in asked] + [coherence_messages("A ghost stands out.", "A viewer would shiver.", EMOSET8)]
     answers = [("Yes", "No")] * len(asked) + [EMOSET8.labels]
     sampler = VLLMSampler(policy, processor, ({"lora": "merged"} if merged else {}) | ({"dtype": "bfloat16"} if bf16 else {}))
-    off, worst, probes, syncs = [], 0.0, [], []
-    with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-        for step in range(3):
-            r = sampler.sample(asked, 8, 48, 1.0, seed=step)
-            with torch.no_grad(): again = completion_logps(policy, *r.rows(torch.arange(64)), 1.0)
-            gap = (again.float() - r.logps).abs()[r.completion_mask.bool()]
-            off.append(gap.mean().item())
-            worst = max(worst, gap.max().item())
-            probes.append(sampler.gap)
-            syncs.append(sampler.sync_s)
-            move(policy, step + 1, 1e-4)
-            sampler.learned()
-        scores, theirs = sampler.score(questions, answers), PolicyJudge(policy, processor).score(questions, answers)
-        differ = lambda row: [v - row[0] for v in row]  # only differences within a question count
-        judged = max(abs(a - b) for x, y in zip(scores, theirs) for a, b in zip(differ(x), differ(y)))
-        same = sum(x.index(max(x)) == y.index(max(y)) for x, y in zip(scores, theirs))
-        stale = {}
-        real = sampler.engine.take
-        for size in (1e-6, 1e-5, 1e-4, 1e-3):  # learning rates
-            sampler.learned()
-            with sampler.awake(): pass
-            move(policy, 9, size)
-            sampler.learned()
-            sampler.engine.take = lambda policy: None  # forgotten
-            try:
-                with sampler.awake(): stale[f"{size:g}"] = {"refused": False, "probe": sampler.gap}
-            except StaleWeights as error: stale[f"{size:g}"] = {"refused": True, "why": "same bits" if "to the bit" in str(error) else "above the bound"}
-            sampler.engine.take = real
+    off, worst, probes, syncs, stale = [], 0.0, [], [], {}
+    computed = lambda: torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()  # as an update computes; entered anew each time, for it remembers casts of weights
+    for step in range(3):
+        with computed(): r = sampler.sample(asked, 8, 48, 1.0, seed=step)
+        with computed(), torch.no_grad(): again = completion_logps(policy, *r.rows(torch.arange(64)), 1.0)
+        gap = (again.float() - r.logps).abs()[r.completion_mask.bool()]
+        off.append(gap.mean().item())
+        worst = max(worst, gap.max().item())
+        probes.append(sampler.gap)
+        syncs.append(sampler.sync_s)
+        move(policy, step + 1, 1e-4)
+        sampler.learned()
+    with computed(): scores, theirs = sampler.score(questions, answers), PolicyJudge(policy, processor).score(questions, answers)
+    differ = lambda row: [v - row[0] for v in row]  # only differences within a question count
+    judged = max(abs(a - b) for x, y in zip(scores, theirs) for a, b in zip(differ(x), differ(y)))
+    same = sum(x.index(max(x)) == y.index(max(y)) for x, y in zip(scores, theirs))
+    for size in (1e-6, 1e-5, 1e-4, 1e-3):  # learning rates
+        sampler.learned()
+        with computed(), sampler.awake(): pass
+        move(policy, 9, size)
+        sampler.learned()
+        real, sampler.engine.take = sampler.engine.take, lambda policy: None  # forgotten
+        try:
+            with computed(), sampler.awake(): stale[f"{size:g}"] = {"refused": False, "probe": sampler.gap}
+        except StaleWeights as error: stale[f"{size:g}"] = {"refused": True, "why": "same bits" if "to the bit" in str(error) else "above the bound"}
+        sampler.engine.take = real
     sampler.close()
     return {"tokens": int(r.completion_mask.sum()) * 3, "logp_mean": sum(off) / len(off), "logp_max": worst, "probe": max(probes), "reflection_max": judged, "verdicts_equal": f"{same} of {len(scores)}", "sync_s": median(syncs), "forgotten": stale}
 

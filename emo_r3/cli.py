@@ -834,7 +834,7 @@ def main(argv: Sequence[str] | None = None, # command and options; None: those o
         return _COMMANDS[args.command][1](args) or 0
     except SystemExit as done: return done.code or 0  # --help, --version, and a run that was stopped
     except KeyboardInterrupt as stop: line, code = str(stop) or "interrupted", 130
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("EMO_R3_DEBUG") == "1": raise
         named = isinstance(error, OSError) and error.filename and error.strerror
         line, code = f"error: {f'{error.filename}: {error.strerror}' if named else ' '.join(str(error).split())}", 2

@@ -350,7 +350,7 @@ class Memory:
     @property
     def peak(self) -> float: return max(self.moments.values())
 
-
+# %% ../nbs/15b_plan.ipynb #761c5c65
 ROWS_AT_ONCE = 128  # completions that `PolicySampler` draws together
 MAX_FEATURES = 2**18  # picture tokens that `PictureFeatures` keeps
 ENGINE_SHARE, ENGINE_ROWS = 0.45, 256  # of the device, and completions that an engine draws at once, where `vllm` does not say
@@ -429,7 +429,7 @@ def memory_of(config: TrainConfig,
     cache, answers = kv * drawn * (sizes.P + sizes.G * most), kv * looked * (sizes.P + most)
     return Memory(**held, features=b * s.h * min(MAX_FEATURES, sizes.picture_tokens * sizes.drawn / world), activations=kept(longest), logits=12 * vocabulary,
                   working=max(again * max(blocks(longest)) + 3 * b * s.i * longest.tokens + (2 * s.h * s.i if config.four_bit else 0), 12 * vocabulary + 4 * min(vocabulary, 2**24)),
-                  scoring=max((3 * b * s.i + 3 * stream * s.h) * longest.tokens, tower * longest.prompts * sees, 12 * vocabulary), cache=cache, sampling=drawing(drawn, sizes.G, cache),
+                  scoring=max((3 * b * s.i + 3 * stream * s.h) * longest.tokens, ((24 if bf16 else 16) + 4 * b + stream) * s.h * longest.tokens + 2 * b * s.n_h * s.d * longest.completions * (longest.P + longest.R), tower * longest.prompts * sees, 12 * vocabulary), cache=cache, sampling=drawing(drawn, sizes.G, cache),
                   answers=answers, reading=drawing(looked, 1, answers), engine=engine * sleeps, engine_awake=engine * (not sleeps), host=held["paged"] + 2 * n.base / config.vllm.get("tensor_parallel_size", 1) * (engine > 0 and sleeps))
 
 # %% ../nbs/15b_plan.ipynb #fb6be1c2
@@ -689,7 +689,7 @@ def rests_on(assumed: Assumptions,
     rows, lines = gpu_rows(folder), []
     peaks, moments = ([f / m - 1 for _, part, f, m in memory_ratios(folder) if (part == "peak") is whole] for whole in (True, False))
     on_gpu = [r - 1 for r in gpu_memory_ratios(rows)]
-    if peaks: lines.append(f"memory: peaks of {len(peaks)} cases measured on a CPU, the formula {_off(peaks)} off (memory.json)" + (f"; of {len(on_gpu)} on a GPU {_off(on_gpu)} ({', '.join(dict.fromkeys(r[0] for r in rows))})" if on_gpu else "; no GPU's record yet"))
+    if peaks: lines.append(f"memory: of {len(peaks)} cases measured on a CPU the formula's peaks are {_off(peaks)} off, their parts and moments {_off(moments)} (memory.json)" + (f"; of {len(on_gpu)} on a GPU {_off(on_gpu)} ({', '.join(dict.fromkeys(r[0] for r in rows))})" if on_gpu else "; no GPU's record yet"))
     counted = operation_ratios(folder)
     if counted: lines.append(f"operations: the formulas need {min(counted):.0%} to {max(counted):.0%} of what torch counted in {len(counted)} phases on a CPU (flops_whole_step.json)")
     if same := [r for r in rows if r[1] == gpu] or rows:
@@ -707,9 +707,9 @@ _LESS = {"gradient_checkpointing": True, "tokens_per_forward": 4096}
 _SMALLER = {"freeze_vision": True}, {"lora_rank": 64, "sharding": None}, {"lora_rank": 64, "sharding": None, "four_bit": True}  # another experiment: fewer weights learn
 _SHORTER = {}, {"max_pixels": 401_408}, {"max_completion_tokens": 1024}, {"max_completion_tokens": 512}, {"max_completion_tokens": 512, "max_pixels": 401_408}
 _SPREAD = {}, {"sharding": "zero2"}, {"sharding": "zero3"}, {"optimizer": "adamw_8bit"}
-CHANGES = (*({**a, **b} for b in ({}, {"gradient_checkpointing": True}, {"tokens_per_forward": 4096}, {"max_pixels": 401_408}, _LESS) for a in _SPREAD), *({**a, **_LESS, **b} for a in _SPREAD for b in _SHORTER[1:]), *({**_LESS, **b, **a} for b in _SHORTER for a in _SMALLER))  # what may be tried where a run does not fit, cheapest first
+CHANGES = ({"vllm": {"gpu_memory_utilization": 0.3}}, *({**a, **b} for b in ({}, {"gradient_checkpointing": True}, {"tokens_per_forward": 4096}, {"max_pixels": 401_408}, _LESS) for a in _SPREAD), *({**a, **_LESS, **b} for a in _SPREAD for b in _SHORTER[1:]), *({**_LESS, **b, **a} for b in _SHORTER for a in _SMALLER))  # what may be tried where a run does not fit, cheapest first
 
-
+# %% ../nbs/15b_plan.ipynb #40fd2ee9
 @dataclass(frozen=True)
 class Plan:
     "What a run would take; nothing of it is measured."
@@ -759,9 +759,9 @@ def plan_run(config: TrainConfig, # every choice of the run
     if plan.fits and not plan.close: return plan
     room = (CLOSE if plan.close else 1.0) * gpu.memory_gb - assumed.reserve_gb
     larger = [g.name for g in GPUS.values() if plan.memory.peak <= ((CLOSE if plan.close else 1.0) * g.memory_gb - assumed.reserve_gb) * 1e9 and config.sampler == "policy"]
-    return replace(plan, ways_out=(*ways_out(config, model, sizes, world, room * 1e9, assumed), *((f"{world}x{name}", plan.memory.peak) for name in larger)))
+    return replace(plan, ways_out=(*ways_out(config, model, sizes, world, room * 1e9, assumed, gpu.memory_gb * 1e9), *((f"{world}x{name}", plan.memory.peak) for name in larger)))
 
-
+# %% ../nbs/15b_plan.ipynb #0fcc5d8a
 def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
     "Returns the seconds of a run's evaluations: greedy answers before and after, and some during training, on each rank the same."
     s = Shape.of(model)
@@ -772,25 +772,26 @@ def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, gpu
     drawn = s.text(sizes.R, sizes.R, sizes.R * sizes.P + sizes.R**2 / 2).total * seen
     return read / peak + decode_phase(replace(config, sampler="policy", vllm={}), model, gpu, assumed, seen, 1, sizes.P, sizes.R, drawn, 1).seconds
 
-
+# %% ../nbs/15b_plan.ipynb #306feba3
 def ways_out(config: TrainConfig,
              model: PretrainedConfig, # the policy's
              sizes: Sizes,
              world: int, # ranks
              room: float, # bytes that a rank may take
              assumed: Assumptions = Assumptions(),
+             device: float = 0.0, # bytes that the device has, of which an engine takes a share
             ) -> tuple[tuple[str, float], ...]: # changes, and the peak then
     "Returns the changes of the configuration that would make a run fit, none that does more than another one; that fewer weights learn is offered where nothing else does."
     out, enough = [], []  # enough: what has been found to do
     for changes in CHANGES:
-        new = {name: value for name, value in changes.items() if _helps(config, name, value, world)}
+        new = {name: config.vllm | value if name == "vllm" else value for name, value in changes.items() if _helps(config, name, value, world)}
         if not new or any(_within(tried, new) for tried in enough) or out and set(new) & {"freeze_vision", "lora_rank", "four_bit"}: continue
         if new.get("sharding") and (config.lora_rank or config.optimizer != "adamw") or new.get("optimizer") and how_sharded(config, world) != "none": continue  # neither adapters nor moments in eight bits are divided
         changed, there = replace(config, **new), sizes
         if "max_pixels" in new:
             rows, columns = picture_grid(changed, model, assumed.picture)
             there = replace(sizes, rows=rows, columns=columns, P=sizes.P - sizes.picture_tokens + rows * columns)
-        peak = memory_of(changed, model, there, world).peak
+        peak = memory_of(changed, model, there, world, device).peak
         if peak <= room: out, enough = [*out, (", ".join(f"{name} = {json.dumps(value)}" for name, value in new.items()), peak)], [*enough, new]
     return tuple(out)
 
@@ -803,6 +804,7 @@ def _helps(config: TrainConfig, name: str, value: object, world: int) -> bool: #
     here = getattr(config, name)
     if name == "sharding": return world > 1 and (here or "none") != (value or "none") and here != "zero3"
     if name == "optimizer": return here == "adamw"
+    if name == "vllm": return config.sampler == "vllm" and config.vllm.get("gpu_memory_utilization", ENGINE_SHARE) > value["gpu_memory_utilization"]
     if name == "max_pixels": return here is None or here > value >= (config.min_pixels or 0)
     return here > value if type(value) is int and name != "lora_rank" else not here
 
@@ -878,7 +880,7 @@ def sizes_table(runs: Mapping[str, TrainConfig], # by a name, such as the recipe
             m = memory_of(config, model, sizes, world, gb * 1e9)
             needed, most = m.peak + assumed.reserve_gb * 1e9, max(m.moments, key=m.moments.get)
             fits, close = needed <= gb * 1e9, needed > CLOSE * gb * 1e9
-            changes = ways_out(config, model, sizes, world, (CLOSE * gb - assumed.reserve_gb) * 1e9, assumed) if not fits or close else ()
+            changes = ways_out(config, model, sizes, world, (CLOSE * gb - assumed.reserve_gb) * 1e9, assumed, gb * 1e9) if not fits or close else ()
             rows.append([f"{world} x {gb:g} GB", "fits" if fits and not close else "just fits" if fits else "DOES NOT FIT", f"{_gb(needed)} ({most})", "; ".join(f"{what} ({_gb(peak + assumed.reserve_gb * 1e9)})" for what, peak in changes[:3]) or ("" if fits and not close else "nothing known here")])
         also = [f"{when} {_gb(m.moments[when] + assumed.reserve_gb * 1e9)}" for when in MOMENTS]
         out += [name, *_table([["devices", "", "needed", "to change"], *rows], right=(2,)), f"  each moment, {assumed.reserve_gb:g} GB in reserve included: " + ", ".join(also), ""]

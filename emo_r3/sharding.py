@@ -7,7 +7,7 @@ __all__ = ['T', 'SHARDINGS', 'chosen_sharding', 'launched_sharding', 'Spread', '
 
 # %% ../nbs/11c_sharding.ipynb #02c7a04f
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -104,13 +104,15 @@ class Spread:
         "Returns what a function of the model returns, run as its forward pass."
         return self.model.as_forward(function, *inputs) if self.lockstep and not self._open else function(*inputs)
 
-    def add_gradients(self, learns: Iterable[torch.nn.Parameter]) -> None:
+    def add_gradients(self, learns: Collection[torch.nn.Parameter]) -> None:
         "Replaces each gradient by its sum over the ranks; of a sharded model every rank gets its part. Raises RankLost where one does not come."
         if not self.in_parts: return self.ranks.add_gradients(learns)
         self.ranks.meet("adding up gradients")
-        if self.lockstep: return
-        for part in self.parts: self._send(part, True)
-        self.model.as_forward(lambda x: x * 1, torch.zeros((), device=self.model.device, requires_grad=True)).backward()
+        if not self.lockstep:
+            for part in self.parts: self._send(part, True)
+            self.model.as_forward(lambda x: x * 1, torch.zeros((), device=self.model.device, requires_grad=True)).backward()
+        for p in learns:
+            if p.grad is None: p.grad = torch.zeros_like(p)  # no rank made a pass; to AdamW's momentum and decay it is an update all the same
 
 # %% ../nbs/11c_sharding.ipynb #6020e3d6
 def clip_gradients(parameters: Iterable[torch.nn.Parameter], most: float) -> float:

@@ -11,6 +11,7 @@ __all__ = ['SAMPLERS', 'OPTIONS', 'PROBE_TEXT', 'PROBE_TEMPERATURE', 'BOUNDS', '
 # %% ../nbs/10b_vllm.ipynb #44daa71b
 import base64
 import gc
+import hashlib
 import io
 import json
 import os
@@ -432,8 +433,8 @@ def check_temperature(temperature: float) -> None: # of a sampling
 def spread_seeds(seed: int | None, # of a draw; None: none
                  n: int, # prompts
                 ) -> list[int | None]:
-    "Returns a seed for each prompt, far apart, for an engine counts on from it for a prompt's completions."
-    return [None if seed is None else (seed + i * 0x9E3779B97F4A7C15) % 2**62 for i in range(n)]
+    "Returns a seed for each prompt, far from all others, also from those of the next number: an engine counts on from it for a prompt's completions."
+    return [None if seed is None else int.from_bytes(hashlib.sha256(f"{seed}/{i}".encode()).digest()[:7], "big") for i in range(n)]
 
 
 def branches(answers: Sequence[Sequence[int]], # each answer's tokens

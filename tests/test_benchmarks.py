@@ -126,12 +126,18 @@ def test_ratios_are_taken_within_a_round():
     assert step.summary(steps)["trl"]["wall_s / fast"] == {"median": 3.0, "low_quartile": 2.0, "high_quartile": 3.0, "least": 2.0, "most": 3.0}
 
 
-@pytest.mark.parametrize("policy, contender", [("full", "fast"), ("full", "plain"), ("lora", "fast"), ("full", "trl")])
+@pytest.mark.parametrize("policy, contender", [("full_fp32", "fast"), ("full", "plain"), ("lora", "fast"), ("four_bit", "fast"), ("full", "trl")])
 def test_the_gpu_script_runs_on_a_tiny_shape(tmp_path_factory, policy, contender):
     folder = gpu_step.model_folder(gpu_step.TINY, tmp_path_factory.getbasetemp() / "random_tiny", "cpu")
     case = replace(Case(1, 3, 150, 5, 4, policy=str(folder)), **gpu_step.POLICIES[policy] | {"weights": "float32"})
-    found = gpu_step.measure(case, contender, steps=1, optimizer="adamw")
+    optimizer = gpu_step.OPTIMIZERS.get(policy, "adamw")
+    found = gpu_step.measure(case, contender, steps=1, optimizer=optimizer, steady=2)
     assert {"sampling", "reference", "update"} <= set(found["seconds"]) and found["step_s"] > 0
+    if contender != "trl": assert found["steady"]["finite"] and found["steady"]["steps"] == len(found["steady"]["loss"]) == 2 and found["steady"]["skipped_updates"] == 0
+    if policy == "full_fp32":
+        said = gpu_step.planned(found | {"peak_bytes": {"update": 10**8}}, case, optimizer, gpu_step.TINY, "NVIDIA H100 80GB HBM3")
+        assert said["bytes"].keys() == said["floor_s"].keys() == {"sampling", "reference", "update"} and said["over_measured"] == {"update": said["bytes"]["update"] / 10**8}
+        assert said["over_floor"]["update"] == found["seconds"]["update"] / said["floor_s"]["update"] > 1  # a CPU does not beat an H100's limit
     shown = gpu_step.figures(found, case, peak=1e12)
     assert set(shown["mfu"]) == {"sampling", "reference", "update"} and shown["needed_flop"]["update"] > shown["needed_flop"]["reference"]
 

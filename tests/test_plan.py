@@ -288,7 +288,7 @@ def test_checkpointing_and_shorter_rows_save_activations_alone():
     first, all_kept, short = (memory_of(c, model, z, 8) for c in (config, replace(config, gradient_checkpointing=False), replace(config, tokens_per_forward=4096)))
     assert all_kept.activations > 10 * first.activations and short.activations < first.activations and {m.always for m in (first, all_kept, short)} == {first.always}
     rows = rows_of(config, z, 8)
-    assert sum(r.completions for r in rows) == 256 // 8 * 8 and max(r.tokens for r in rows) <= 8192
+    assert sum(r.completions for r in rows) == 256 // 8 * 8 and max(r.tokens for r in rows) <= 16_384
 
 
 def shaped(layers=1, depth=1, full=(), dtype=torch.float32, vocabulary=1216):
@@ -731,5 +731,7 @@ def test_an_engine_s_plan_names_it_and_the_host_s_memory():
     plan, other = plan_run(recipe("emoset_8gpu", sampler="vllm"), "8xH100"), plan_run(recipe("emoset_8gpu"), "8xH100")
     assert "engine 36.0 GB" in plan_table(plan) and "7.5 GB of the host's memory a rank: the engine's weights while it sleeps" in plan_table(plan) and "6 ms a decoding step" in plan_table(plan)
     assert plan.phases["decode"].seconds < other.phases["decode"].seconds / 3 and plan.phases["update"] == other.phases["update"]
+    other_ways = plan.ways_out  # a smaller share; evaluations answer beside it
     step_s = (2 * (2.775e9 + 0.311e9) + 36_864 * 256 * (914 + 150)) / (3350e9 * 0.6) + 0.006  # weights, and the keys of 256 half-written completions
     assert plan.phases["decode"].seconds == pytest.approx(512 * 300 / 256 * step_s, rel=0.02)  # 512 completions a rank, 256 at once
+    assert other_ways and all(peak <= 77e9 for _, peak in other_ways) and other_ways[0][0] == 'vllm = {"gpu_memory_utilization": 0.3}'

@@ -195,7 +195,7 @@ def test_completions_cut_by_the_engine_are_not_padded_into(policy, processor, as
 
 def test_seeds_lie_apart_and_branches_share():
     seeds = spread_seeds(5, 100)
-    assert len({s + i for s in seeds for i in range(16)}) == 1600 and spread_seeds(5, 3) == seeds[:3] != spread_seeds(6, 3) and spread_seeds(None, 2) == [None, None] and all(0 <= s < 2**62 for s in seeds)
+    assert len({s + i for s in seeds + spread_seeds(6, 100) + spread_seeds(7, 100) for i in range(16)}) == 4800 and spread_seeds(5, 3) == seeds[:3] != spread_seeds(6, 3) and spread_seeds(None, 2) == [None, None] and all(0 <= s < 2**56 for s in seeds)
     assert branches([[1], [2]]) == {(): [1, 2]} and branches([[1, 2], [1, 3], [1, 2]]) == {(): [1], (1,): [2, 3]}
 
 

@@ -1,9 +1,14 @@
 """The vLLM sampler against vLLM's real engine, on the CPU, driving the embedded policy: `make test-vllm`."""
-import copy
 import json
 import os
 import random
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +21,11 @@ from policies import policy as policy_of  # noqa: E402
 
 from emo_r3.data import EMOSET8  # noqa: E402
 from emo_r3.groups import group_logps  # noqa: E402
-from emo_r3.policy import banned_tokens, completion_logps, encode_prompts, load_policy, load_processor, unwrapped  # noqa: E402
+from emo_r3.policy import EMBEDDED_POLICY, banned_tokens, completion_logps, encode_prompts, load_policy, load_processor, unwrapped  # noqa: E402
 from emo_r3.prompts import coherence_messages, consistency_messages, set_messages  # noqa: E402
 from emo_r3.sampling import PolicyJudge, PolicySampler  # noqa: E402
 from emo_r3.scenes import make_scenes  # noqa: E402
-from emo_r3.vllm_sampler import PromptMismatch, StaleWeights, VLLMSampler  # noqa: E402
+from emo_r3.vllm_sampler import PromptMismatch, StaleWeights, VLLMSampler, make_sampler  # noqa: E402
 
 pytestmark = pytest.mark.vllm
 SIZES = [(96, 96), (160, 96), (60, 150), (97, 101)]
@@ -47,6 +52,12 @@ def sampler(request, processor):
 def gap(rollouts, scored): return ((scored - rollouts.logps).abs() * rollouts.completion_mask).max().item()
 
 
+def agree(rollouts, scored):
+    "Whether an engine's log-probabilities are ours: to 1e-5, but for one token in a hundred, whose probability is so small that a float has no more digits."
+    off = (scored - rollouts.logps).abs()[rollouts.completion_mask.bool()]
+    return off.quantile(0.99) < BOUND and off.max() < 5 * BOUND
+
+
 @torch.no_grad()
 def change(policy, size=0.01, seed=0):
     "Moves what learns, as an update would."
@@ -60,8 +71,8 @@ def test_log_probabilities_agree_with_transformers_on_pictures_of_mixed_sizes(sa
     assert len({p.grid for p in r.prompts.pictures}) >= 3 and len(set(r.lengths.tolist())) > 2
     rows, ids, mask = r.rows(torch.arange(16))
     with torch.no_grad():
-        assert gap(r, completion_logps(sampler.policy, rows, ids, mask, 0.7)) < BOUND
-        assert gap(r, group_logps(sampler.policy, *r.packed(torch.arange(16)), 0.7)) < BOUND
+        assert agree(r, completion_logps(sampler.policy, rows, ids, mask, 0.7))
+        assert agree(r, group_logps(sampler.policy, *r.packed(torch.arange(16)), 0.7))
         assert gap(r, completion_logps(sampler.policy, rows, ids, mask, 1.0)) > 1e-2  # a forgotten temperature would be seen
     assert sampler.gap < 1e-4
 
@@ -79,7 +90,7 @@ def test_new_weights_take_effect_at_once(sampler, asked):
     new = sampler.sample(asked, 2, 32, 0.7, seed=5)
     with torch.no_grad(): now = [completion_logps(sampler.policy, *r.rows(torch.arange(8)), 0.7) for r in (old, new)]
     assert gap(old, now[0]) > 1e-2  # the policy is another
-    assert gap(new, now[1]) < BOUND  # and the engine is with it
+    assert agree(new, now[1])  # and the engine is with it
 
 
 def test_old_weights_are_refused(sampler, asked, monkeypatch):
@@ -93,31 +104,47 @@ def test_old_weights_are_refused(sampler, asked, monkeypatch):
     sampler.sample(asked[:1], 1, 4, 0.7, seed=5)  # with it all is well
 
 
-def test_caches_of_the_old_policy_are_forgotten(sampler, asked):
-    "Without a reset the prompt's keys and values, and the pictures' features, would be yesterday's."
-    if sampler.kind != "full": pytest.skip("one kind of transfer is enough")
-    sampler.sample(asked, 1, 2, 0.7, seed=1)
-    change(sampler.policy, 0.02, seed=2)
-    sampler.learned()
-    real = sampler.engine.llm
-    kept = {"reset_prefix_cache": real.reset_prefix_cache, "reset_mm_cache": real.reset_mm_cache}
-    r = sampler.sample(asked, 2, 16, 0.7, seed=1)
-    with torch.no_grad(): assert gap(r, completion_logps(sampler.policy, *r.rows(torch.arange(8)), 0.7)) < BOUND
-    assert all(callable(f) for f in kept.values())
+def test_caches_of_the_old_policy_are_forgotten(sampler, asked, monkeypatch):
+    "Keys and values of a prompt longer than a block (128 tokens on a CPU) are remembered; those of the old weights must not be."
+    long = [[{"role": "system", "content": "A word. " * 80}, *asked[0]]]
+    read = lambda: sampler.sample(long, 2, 16, 0.7, seed=1)
+    scored = lambda r: completion_logps(sampler.policy, *r.rows(torch.arange(2)), 0.7)
+    for forgetful in (False, True):
+        read()
+        change(sampler.policy, 0.02, seed=2)
+        sampler.learned()
+        with monkeypatch.context() as m, torch.no_grad():
+            if not forgetful: m.setattr(sampler.engine.llm, "reset_prefix_cache", lambda: None)
+            try: r = read()
+            except StaleWeights: continue  # the probe's own prompt was remembered
+            assert agree(r, scored(r)) == (forgetful or sampler.engine.adapter)  # what was remembered under an old adapter's number is not read under a new one's
+        sampler.learned()
 
 
 def test_one_seed_one_draw_and_nothing_beside_it_matters(sampler, asked):
-    draw = lambda asked, seed: sampler.sample(asked, 3, 24, 1.0, seed=seed)
+    draw = lambda asked, seed: sampler.sample(asked, 3, 40, 1.5, seed=seed)
     one, again, other = draw(asked, 11), draw(asked, 11), draw(asked, 12)
-    assert torch.equal(one.completion_ids, again.completion_ids) and not torch.equal(one.completion_ids[:, :8], other.completion_ids[:, :8])
+    assert torch.equal(one.completion_ids, again.completion_ids)
+    assert len(set(one.texts) & set(other.texts)) < 5  # of 12; were the next seed the next of the engine's count, 8 would be the same
     assert draw(asked[:1], 11).texts == one.texts[:3]  # the first prompt's draw does not depend on the others
     same = sampler.sample([asked[0]] * 3, 4, 24, 1.5, seed=11)
     assert len(set(same.texts)) > 6  # nor do equal prompts draw alike
 
 
-def test_a_picture_s_tokens_are_never_drawn(sampler, asked):
-    hot = sampler.sample(asked, 8, 48, 5.0, seed=0)
-    assert hot.lengths.sum() > 1000 and not set(hot.completion_ids[hot.completion_mask.bool()].tolist()) & set(banned_tokens(unwrapped(sampler.policy)))
+def test_a_picture_s_tokens_are_never_drawn(processor, asked):
+    "Of a policy that would write little else."
+    policy, rows = load_policy(), None
+    banned = banned_tokens(policy)
+    with torch.no_grad():
+        rows = policy.get_input_embeddings().weight  # the output layer's too
+        first = policy(**encode_prompts(processor, asked[:1]).padded()).logits[0, -1].argmax()
+        rows[banned] = 2 * rows[first]
+        assert policy(**encode_prompts(processor, asked[:1]).padded()).logits[0, -1].softmax(0)[banned].sum() > 0.9
+    sampler = VLLMSampler(policy, processor)
+    r = sampler.sample(asked, 8, 24, 1.0, seed=0)
+    assert not set(r.completion_ids[r.completion_mask.bool()].tolist()) & set(banned)
+    with torch.no_grad(): assert agree(r, completion_logps(policy, *r.rows(torch.arange(32)), 1.0))
+    sampler.close()
 
 
 def questions():
@@ -163,3 +190,99 @@ def test_random_states_and_threads_stay_as_they_were(sampler, asked):
 
 def test_too_long_a_prompt_is_refused(sampler, asked):
     with pytest.raises(ValueError, match="allowed: 4096 together"): sampler.sample(asked, 1, 4096, 1.0, seed=0)
+
+
+STEPS = dict(sampler="vllm", tis_cap=2, max_steps=3, eval_size=8, eval_during=4, eval_every=0, prompts_per_step=4, prompts_per_update=4, num_generations=4)
+
+
+@pytest.mark.parametrize("how", [{}, {"lora_rank": 4}, {"lora_rank": 4, "four_bit": "true", "reflection": "generate"}], ids=["full", "lora", "four_bit, written answers"])
+def test_three_steps_by_the_command(tmp_path, how):
+    options = [x for name, value in (STEPS | how).items() for x in (f"--{name.replace('_', '-')}", str(value))]
+    done = subprocess.run([str(Path(sys.executable).with_name("emo-r3")), "train", "scenes_cpu", *options, "--output-dir", str(tmp_path / "run")], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [x for x in lines if "grad_norm" in x]
+    assert len(steps) == 3 and all(x["sampling/sampling_logp_difference/max"] < 5 * BOUND and x["sampling/probe_difference"] < 1e-4 and x["grad_norm"] > 0 for x in steps)
+    assert all(x["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5) for x in steps) and all(x["timing_s/sync"] > 0 for x in steps)
+    assert steps[1]["kl"] > 0  # the weights have moved, and the sampler with them
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"]
+
+
+def test_two_processes_each_with_an_engine(tmp_path):
+    "Under torchrun; the same question, another seed a rank, then an update."
+    (tmp_path / "two.py").write_text('''
+import json, sys
+import torch
+from pathlib import Path
+from emo_r3.policy import completion_logps, load_policy, load_processor
+from emo_r3.prompts import set_messages
+from emo_r3.ranks import Ranks
+from emo_r3.scenes import make_scenes
+from emo_r3.vllm_sampler import make_sampler
+ranks, policy, processor = Ranks(120.0), load_policy(), load_processor()
+sampler, asked, out = make_sampler("vllm", {}, policy, processor, ranks), [set_messages(x.question, x.image) for x in make_scenes("in_domain", "train", 2)], []
+for step in range(2):
+    r = sampler.sample(asked, 4, 24, 1.0, seed=10 + ranks.rank)
+    with torch.no_grad():
+        out.append([r.texts, ((completion_logps(policy, *r.rows(torch.arange(8)), 1.0) - r.logps).abs() * r.completion_mask).max().item()])
+        for p in policy.parameters(): p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
+    sampler.learned()
+Path(sys.argv[1], f"{ranks.rank}.json").write_text(json.dumps(out))
+ranks.meet("the end")
+''')
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(tmp_path / "two.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert a[0][0] != b[0][0] and all(off < 5 * BOUND for off in (a[0][1], a[1][1], b[0][1], b[1][1]))
+
+
+@pytest.fixture(scope="module")
+def server():
+    "vLLM's own server, with our worker's methods."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(EMBEDDED_POLICY), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--skip-mm-profiling", "--no-enable-chunked-prefill",
+               "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "129", "--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--generation-config", "vllm", "--worker-extension-cls", "emo_r3.vllm_sampler.ServerWorker",
+               "--mm-processor-kwargs", json.dumps({"size": {"shortest_edge": 4608, "longest_edge": 2 * 9216}}), "--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0}), "--enable-lora", "--max-lora-rank", "8"]
+    with tempfile.TemporaryFile() as said:
+        running = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+        try:
+            for _ in range(300):
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2): break
+                except OSError:
+                    if running.poll() is not None:
+                        said.seek(0)
+                        pytest.fail(f"the server ended: {said.read().decode(errors='replace')[-3000:]}")
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(running.pid, signal.SIGTERM)  # its own session: the server and its workers
+            try: running.wait(30)
+            except subprocess.TimeoutExpired: os.killpg(running.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_server_of_vllm_s_own(server, processor, asked, tmp_path, kind):
+    policy = policy_of(kind)
+    sampler = make_sampler("vllm_server", {"url": server, "folder": str(tmp_path / "shared"), "dtype": "float32"}, policy, processor)
+    for step in range(2):
+        r = sampler.sample(asked, 4, 40, 0.7, seed=step)
+        with torch.no_grad(): assert agree(r, completion_logps(policy, *r.rows(torch.arange(16)), 0.7))
+        change(policy, seed=step)
+        sampler.learned()
+    asks, answers = questions(), [("Yes", "No")] * 3 + [EMOSET8.labels] * 2 + [("a ghost", "a ghost stands", "a key")]
+    with sampler.awake(): ours, written = sampler.score(asks, answers), sampler.generate(asks)
+    judge = PolicyJudge(policy, processor)
+    assert max(abs(a - b) for x, y in zip(ours, judge.score(asks, answers)) for a, b in zip(x, y)) < BOUND * 5 and written == judge.generate(asks)
+    change(policy, seed=7)
+    sampler.learned()
+    sampler.engine.take = lambda policy: None
+    with pytest.raises(StaleWeights): sampler.sample(asked, 1, 4, 0.7, seed=5)
+    with pytest.raises(PromptMismatch, match="picture tokens"):
+        monkey = make_sampler("vllm_server", {"url": server, "folder": str(tmp_path / "shared"), "dtype": "float32"}, policy, load_processor(max_pixels=8 * 9216))
+        monkey.sample([set_messages("Which?", make_scenes("in_domain", "train", 1)[0].image.resize((240, 240)))], 1, 4, 1.0, seed=0)
+    sampler.close()
