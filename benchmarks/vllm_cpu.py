@@ -47,14 +47,12 @@ def measure(lora: bool = False, merged: bool = False, four_bit: bool = False, bf
     questions = [consistency_messages(m[0]["content"][0]["image"], "A ghost stands out.") for m in asked] + [coherence_messages("A ghost stands out.", "A viewer would shiver.", EMOSET8)]
     answers = [("Yes", "No")] * len(asked) + [EMOSET8.labels]
     sampler = VLLMSampler(policy, processor, ({"lora": "merged"} if merged else {}) | ({"dtype": "bfloat16"} if bf16 else {}))
-    off, worst, probes, syncs, stale = [], 0.0, [], [], {}
+    off, probes, syncs, stale = [], [], [], {}
     computed = lambda: torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()  # as an update computes; entered anew each time, for it remembers casts of weights
     for step in range(3):
         with computed(): r = sampler.sample(asked, 8, 48, 1.0, seed=step)
         with computed(), torch.no_grad(): again = completion_logps(policy, *r.rows(torch.arange(64)), 1.0)
-        gap = (again.float() - r.logps).abs()[r.completion_mask.bool()]
-        off.append(gap.mean().item())
-        worst = max(worst, gap.max().item())
+        off.append((again.float() - r.logps).abs()[r.completion_mask.bool()])
         probes.append(sampler.gap)
         syncs.append(sampler.sync_s)
         move(policy, step + 1, 1e-4)
@@ -74,7 +72,8 @@ def measure(lora: bool = False, merged: bool = False, four_bit: bool = False, bf
         except StaleWeights as error: stale[f"{size:g}"] = {"refused": True, "why": "same bits" if "to the bit" in str(error) else "above the bound"}
         sampler.engine.take = real
     sampler.close()
-    return {"tokens": int(r.completion_mask.sum()) * 3, "logp_mean": sum(off) / len(off), "logp_max": worst, "probe": max(probes), "reflection_max": judged, "verdicts_equal": f"{same} of {len(scores)}", "sync_s": median(syncs), "forgotten": stale}
+    off = torch.cat(off)
+    return {"tokens": len(off), "logp_mean": off.mean().item(), "logp_p99": off.quantile(0.99).item(), "logp_max": off.max().item(), "probe": max(probes), "reflection_max": judged, "verdicts_equal": f"{same} of {len(scores)}", "sync_s": median(syncs), "forgotten": stale}
 
 
 def main() -> None:

@@ -612,10 +612,9 @@ def write_json(path: Path, # the file
                values: Mapping, # what it is to hold
               ) -> None:
     "Writes a file of JSON, whole or not at all; makes its folder."
+    from emo_r3.policy import write_whole
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(values, indent=1))
 
 
 def evaluate_command(args: argparse.Namespace) -> None:

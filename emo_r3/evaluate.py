@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from .data import DataError, EmotionExample, LabelSet, check_choice, emotion_question, label_set
 from .parsing import SETCompletion, description, match_label, read_completion
 from .groups import group_logps
-from .policy import VLProcessor, completion_logps, encode_prompts, reads_once, unwrapped
+from .policy import VLProcessor, completion_logps, encode_prompts, reads_once, unwrapped, write_whole
 from .prompts import DEFAULT_TEMPLATES, EVAL_METHODS, WITH_STEPS, Messages, PromptTemplates, method_messages
 from .ranks import Ranks
 from .reflection import Judge, ReflectionVerdict, reflect
@@ -267,10 +267,7 @@ def write_predictions(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"domain": domain, "label_set": r.label_set.name, "method": r.method, "mode": r.mode, **asdict(g)} for domain, r in reports.items() for g in r.predictions]
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # ASCII: a file's name need not be valid UTF-8
-    unfinished.replace(path)
-    return path
+    return write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII: a file's name need not be valid UTF-8
 
 
 def read_predictions(

@@ -999,15 +999,12 @@ def draw_times(
 # %% ../nbs/15_experiments.ipynb #49ee1282
 def machine() -> dict:
     "Returns what this process runs on: the code, the embedded policy, the processor, the libraries."
-    package = Path(emo_r3.__file__).parent
-    def git(*words):
-        try: return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True).stdout.strip()
-        except FileNotFoundError: return ""
+    commit = source_commit()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     weights = EMBEDDED / "policy" / "model.safetensors"
     versions = {k: v for k, v in library_versions().items() if k != "threads"}  # of the runs, not of this process
-    return {"commit": git("rev-parse", "--short", "HEAD") or None, "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")), "policy_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
+    return {"commit": commit and commit.removesuffix("+"), "uncommitted": bool(commit and commit.endswith("+")), "policy_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()[:16],
             "cpu": cpu, "cores": os.cpu_count(), **versions}
 
 

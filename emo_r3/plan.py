@@ -28,7 +28,7 @@ from transformers import PretrainedConfig, Qwen2_5_VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from .data import check_choice, did_you_mean, emotion_question, label_set
-from .groups import LOGITS_AT_ONCE, Cost, Shape, cut_groups
+from .groups import ENCODED_AT_ONCE, LOGITS_AT_ONCE, Cost, Shape, cut_groups
 from .policy import encode_prompts, load_processor, policy_path
 from .prompts import Messages, PromptTemplates, coherence_messages, fill_template, method_messages
 from .scenes import DOMAINS, SCENE_PIXELS
@@ -424,7 +424,7 @@ def memory_of(config: TrainConfig,
     tower = tower_bytes(s, model.vision_config.num_heads, patches, bf16, stream == 2)  # of a picture
     def drawing(prompts, G, cache):  # what is there beside weights and cache at the worst of three times: the tower, when there is no cache yet; the text's first pass, with the prompts' keys twice; and scores at the end
         early = held["gathered"] if how != "none" else 2 * n.vision_linear * bf16 * sees
-        return max(0, early - held["gathered"] + prompts * tower - cache, prompts * (max(3 * b * s.i + 3 * stream * s.h, kv) + kv) * sizes.P - cache, 16 * s.V * prompts * G) if prompts else 0
+        return max(0, early - held["gathered"] + min(prompts, max(1, ENCODED_AT_ONCE // sizes.picture_tokens)) * tower - cache, prompts * (max(3 * b * s.i + 3 * stream * s.h, kv) + kv) * sizes.P - cache, 16 * s.V * prompts * G) if prompts else 0
     vocabulary = s.V * min(LOGITS_AT_ONCE // s.V, longest.completions * longest.R)
     cache, answers = kv * drawn * (sizes.P + sizes.G * most), kv * looked * (sizes.P + most)
     return Memory(**held, features=b * s.h * min(MAX_FEATURES, sizes.picture_tokens * sizes.drawn / world), activations=kept(longest), logits=12 * vocabulary,

@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED_POLICY', 'BASE_FILE', 'MODEL_TYPES', 'LORA_LAYERS', 'policy
            'check_trainable', 'VLProcessor', 'load_processor', 'as_plain_text', 'Picture', 'SquarePicture', 'Prompts',
            'join_prompts', 'prompt_text', 'encode_prompts', 'banned_tokens', 'has_adapter', 'unwrapped',
            'logits_to_logps', 'completion_logps', 'add_lora', 'reference', 'as_reference', 'sync', 'staged_folder',
-           'save_policy']
+           'write_whole', 'save_policy']
 
 # %% ../nbs/08_policy.ipynb #fb9cf2eb
 import copy
@@ -515,6 +515,20 @@ def staged_folder(target: Path, # the folder that should appear, whole or not at
         if old.exists() and not target.exists(): old.rename(target)
         for left in (staging, old):
             if left.exists(): shutil.rmtree(left)
+
+
+def write_whole(path: Path, text: str) -> Path:
+    "Writes a file that is there whole or not at all; returns its path."
+    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with staging.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.replace(path)
+        sync(path.parent)
+        return path
+    finally: staging.unlink(missing_ok=True)
 
 
 def save_policy(model: PreTrainedModel, # what to save

@@ -11,8 +11,8 @@ __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'AT_REST', 'SCHEDULES'
            'BegunStep', 'begin_step', 'parts', 'make_updates', 'train_step', 'completion_figures', 'experience_metrics',
            'peak_tflops', 'update_flops', 'step_metrics', 'throughput', 'epoch_order', 'place_of_step', 'step_seed',
            'rank_share', 'number_of_steps', 'group_record', 'write_sample', 'check_run_folder', 'plain_config',
-           'write_whole', 'write_config', 'append_metrics', 'eval_metrics', 'Progress', 'pack_step', 'unpack_step',
-           'Moment', 'data_sha256', 'save_run', 'save_rank', 'whole_weights', 'save_common', 'read_state', 'check_same',
+           'write_config', 'append_metrics', 'eval_metrics', 'Progress', 'pack_step', 'unpack_step', 'Moment',
+           'data_sha256', 'save_run', 'save_rank', 'whole_weights', 'save_common', 'read_state', 'check_same',
            'load_run', 'check_start', 'find_start', 'take_from', 'put_together', 'group_tokens', 'balanced', 'redealt',
            'write_skipped', 'validation_accuracy', 'Run', 'open_trackers', 'train']
 
@@ -48,7 +48,7 @@ from .published import DATA_FORMATS, format_labels
 from .loss import LOSS_TYPES, grpo_loss, loss_normalizer, sampler_correction, token_weights
 from .parsing import SETCompletion, description, read_completion
 from .groups import Cost, PictureFeatures, Shape, checkpointed, cut_groups, group_logps
-from .policy import VLProcessor, as_reference, check_trainable, completion_logps, encode_prompts, has_adapter, join_prompts, reference, save_policy, sync, unwrapped
+from .policy import VLProcessor, as_reference, check_trainable, completion_logps, encode_prompts, has_adapter, join_prompts, reference, save_policy, unwrapped, write_whole
 from .ranks import Ranks, even_shares
 from .sharding import SHARDINGS, Spread, chosen_sharding, clip_gradients
 from .prompts import METHODS, Messages, PromptTemplates, method_messages
@@ -814,20 +814,6 @@ def check_run_folder(output_dir: str | Path) -> Path:
 def plain_config(config: TrainConfig) -> dict:
     "Returns a configuration as YAML and JSON hold it."
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-
-
-def write_whole(path: Path, text: str) -> Path:
-    "Writes a file that is there whole or not at all; returns its path."
-    staging = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with staging.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        staging.replace(path)
-        sync(path.parent)
-        return path
-    finally: staging.unlink(missing_ok=True)
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

@@ -1,25 +1,35 @@
 """The vLLM sampler without vLLM: what is refused, what an engine is asked, how weights are named, and in which order things happen. The real engine: tests/engine."""
-import copy
+import base64
 import io
 import json
 import re
+import sys
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from policies import policy as policy_of
 from stand_in import StandIn
 
+import emo_r3.cli
+import emo_r3.vllm_sampler
 from emo_r3.data import EMOSET8
 from emo_r3.policy import Picture, completion_logps, encode_prompts, load_policy, load_processor
 from emo_r3.prompts import coherence_messages, consistency_messages, set_messages
 from emo_r3.sampling import PolicyJudge, PolicySampler
 from emo_r3.scenes import make_scenes
+from emo_r3.train import Trainer, make_config, run_sampler, train_step
 from emo_r3.vllm_sampler import (BOUNDS, Ask, Drawn, LocalEngine, PromptMismatch, ServedEngine, StaleWeights, VLLMSampler, branches, check_engine, check_probe, check_read, data_url, full_weights,
                                  make_sampler, narrowed, resized, spread_seeds, whole, write_adapter)
+
+
+@pytest.fixture(autouse=True)
+def short_probe(monkeypatch): monkeypatch.setattr(emo_r3.vllm_sampler, "PROBE_TEXT", "A quiet lake.")  # the stand-in asks its copy about one token at a time
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +226,6 @@ def test_an_adapter_in_a_folder_is_the_one_worn(tmp_path):
     policy = policy_of("lora")
     write_adapter(policy, tmp_path / "a")
     write_adapter(policy, tmp_path / "none", write=False)
-    from peft import PeftModel
     again = PeftModel.from_pretrained(load_policy(), tmp_path / "a")
     ours, theirs = (dict(full_weights(m)) for m in (policy, again))
     assert all(torch.equal(ours[n], theirs[n]) for n in ours) and not (tmp_path / "none").exists()
@@ -229,7 +238,6 @@ def test_shared_tensors_are_gathered():
 
 
 def test_without_vllm_it_says_how_to_get_it(policy, processor, monkeypatch):
-    import sys
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ImportError, match=r"pip install 'emo_r3\[gpu\]'"): make_sampler("vllm", {}, policy, processor)
     with pytest.raises(ValueError, match="tensor_parallel_size = 2; allowed: 1"): LocalEngine(policy, processor, {"tensor_parallel_size": 2})
@@ -264,9 +272,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.calls.append(self.path)
             if self.path in self.server.refuses: return self.reply(404, {"detail": "Not Found"})
             if self.path == "/collective_rpc":
-                from emo_r3.vllm_sampler import _stored
-                from pathlib import Path
-                self.server.engine.sampler.model.load_state_dict(dict(_stored(Path(body["kwargs"]["folder"]))), strict=False)
+                self.server.engine.sampler.model.load_state_dict(dict(emo_r3.vllm_sampler._stored(Path(body["kwargs"]["folder"]))), strict=False)
                 return self.reply(200, {"results": [body["kwargs"]["folder"]]})
             if self.path != "/inference/v1/generate": return self.reply(200, {"success": True})
             return self.reply(200, self.generate(body))
@@ -275,7 +281,6 @@ class Handler(BaseHTTPRequestHandler):
         engine, image = self.server.engine, self.server.engine.sampler.model.config.image_token_id
         picture = None
         for part in body.get("content_parts", ()):
-            import base64
             picture = Picture(Image.open(io.BytesIO(base64.b64decode(part["url"].split(",")[1]))), engine.sampler.processor.image_processor)
         ids = tuple(t for i in body["token_ids"] for t in ([i] * picture.tokens if i == image else [i]))
         drawn = engine.answers(Ask((), ids, picture, body["sampling_params"]))
@@ -318,6 +323,54 @@ def test_ranks_meet_before_and_after_one_of_them_hands_over(policy, processor, t
 
 
 def test_a_picture_travels_without_loss(processor):
-    import base64
     image = make_scenes("in_domain", "train", 1)[0].image
     assert Image.open(io.BytesIO(base64.b64decode(data_url(image).split(",")[1]))).tobytes() == image.convert("RGB").tobytes()
+
+
+def small(**fields): return make_config(dict(policy="embedded", train_size=4, prompts_per_step=2, prompts_per_update=2, num_generations=2, max_completion_tokens=24, learning_rate=1e-3, precision="fp32", min_pixels=None, max_pixels=None) | fields)
+
+
+def test_a_step_of_training_opens_one_window_and_closes_it_before_the_update(policy, processor):
+    engine = StandIn(policy, processor)
+    sampler = VLLMSampler(policy, processor, engine=engine)
+    trainer = Trainer(small(tis_cap=2.0), policy, processor, sampler)
+    assert trainer.judge is sampler and trainer.judge_timeout_s is None
+    real = trainer.optimizer.step
+    trainer.optimizer.step = lambda: (engine.events.append("update"), real())[1]
+    for step in range(2):
+        del engine.events[:]
+        experience, metrics = train_step(trainer, make_scenes("in_domain", "train", 2, seed=step), seed=step)
+        e = engine.events
+        assert e[:3] == ["wake", "take", "ask"] and e[-2:] == ["sleep", "update"] and e.count("wake") == e.count("take") == e.count("sleep") == 1 and e.count("ask") >= 2 and sampler.stale
+        assert metrics["sampling/probe_difference"] < 1e-4 and metrics["timing_s/sync"] > 0 and metrics["sampling/sampling_logp_difference/max"] < 1e-4
+        assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_who_reflects(policy, processor):
+    sampler = VLLMSampler(policy, processor, engine=StandIn(policy, processor))
+    assert isinstance(Trainer(small(judge="reference"), policy, processor, sampler).judge, PolicyJudge)
+    assert Trainer(small(method="set"), policy, processor, sampler).judge is None
+    assert isinstance(Trainer(small(), policy, processor).sampler, PolicySampler)
+
+
+@pytest.mark.parametrize("fields, says", [
+    (dict(sampler="vlm"), "did you mean 'vllm'"), (dict(sampler="vllm", vllm={"max_model_length": 5}), "did you mean 'max_model_len'"), (dict(vllm={"url": "http://x"}), "allowed: with sampler = 'vllm_server'"), (dict(sampler="vllm", vllm=[1]), "vllm = "),
+    (dict(sampler="vllm", temperature=3.0), "temperature = 3.0; allowed with vLLM"), (dict(sampler="vllm", vllm={"lora": "merged"}), "lora_rank = 0"), (dict(sampler="vllm", method="sft", num_generations=1, beta=0), "sampler = 'vllm'; allowed with method = 'sft': policy")])
+def test_configurations_that_no_engine_can_serve(fields, says):
+    with pytest.raises(ValueError, match=re.escape(says)): small(**fields)
+
+
+def test_a_configuration_makes_its_sampler(policy, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(emo_r3.vllm_sampler, "LocalEngine", lambda policy, processor, options: StandIn(policy, processor))
+    made = run_sampler(small(sampler="vllm", reflection="generate", preset="released"), policy, processor)
+    assert isinstance(made, VLLMSampler) and (made.temperature, made.top_p) == (0.6, 0.95)
+    assert run_sampler(small(sampler="vllm"), policy, processor).temperature == 0.0
+
+
+def test_a_run_measures_with_its_sampler_and_closes_it(processor, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(emo_r3.vllm_sampler, "LocalEngine", lambda policy, processor, options: made.append(StandIn(policy, processor)) or made[-1])
+    monkeypatch.setattr("emo_r3.sampling.PolicySampler.sample", lambda *a, **k: pytest.fail("the policy sampled itself"))
+    emo_r3.cli.run(small(sampler="vllm", max_steps=1, eval_size=2, eval_during=2, eval_every=0, report="last", trackers=()), tmp_path / "run")
+    (engine,) = made
+    assert engine.events[-1] == "close" and engine.events.count("take") == 2  # before the first step, and after it
