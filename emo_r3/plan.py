@@ -419,7 +419,7 @@ def memory_of(config: TrainConfig,
     sleeps = config.vllm.get("sleep", True)
     ours = config.sampler == "policy"
     drawn = min(max(1, ROWS_AT_ONCE // sizes.G), math.ceil(sizes.drawn / world)) if config.method != "sft" and ours else 0
-    most, looked = config.max_completion_tokens, min(ROWS_AT_ONCE, max(sizes.evaluated, sizes.evaluated_during))  # evaluations ask the policy itself, whoever draws otherwise
+    most, looked = config.max_completion_tokens, min(ROWS_AT_ONCE, max(sizes.evaluated, sizes.evaluated_during)) if ours else 0  # an engine answers in evaluations too
     kv = 2 * s.L * s.n_kv * s.d * b
     tower = tower_bytes(s, model.vision_config.num_heads, patches, bf16, stream == 2)  # of a picture
     def drawing(prompts, G, cache):  # what is there beside weights and cache at the worst of three times: the tower, when there is no cache yet; the text's first pass, with the prompts' keys twice; and scores at the end
@@ -755,22 +755,22 @@ def plan_run(config: TrainConfig, # every choice of the run
     sizes, n = sizes_of(config, model, assumed, pictures, tested), count_parameters(model, config.lora_rank)
     plan = Plan(config, n, trains(config, n)[0], sizes, memory_of(config, model, sizes, world, gpu.memory_gb * 1e9 if gpu else 0.0), world, gpu, {}, {}, 0.0, assumed, (), lines)
     if gpu is None: return replace(plan, phases={name: Phase(cost.total, cost.total, 0.0, "") for name, cost in step_costs(config, Shape.of(model), sizes, assumed).items()})
-    plan = replace(plan, phases=phases_of(config, model, sizes, world, gpu, assumed), floor=phases_of(config, model, sizes, world, gpu, replace(assumed, **LIMITS)), evaluation_s=evaluation_s(config, model, sizes, gpu, assumed))
+    plan = replace(plan, phases=phases_of(config, model, sizes, world, gpu, assumed), floor=phases_of(config, model, sizes, world, gpu, replace(assumed, **LIMITS)), evaluation_s=evaluation_s(config, model, sizes, world, gpu, assumed))
     if plan.fits and not plan.close: return plan
     room = (CLOSE if plan.close else 1.0) * gpu.memory_gb - assumed.reserve_gb
     larger = [g.name for g in GPUS.values() if plan.memory.peak <= ((CLOSE if plan.close else 1.0) * g.memory_gb - assumed.reserve_gb) * 1e9 and config.sampler == "policy"]
     return replace(plan, ways_out=(*ways_out(config, model, sizes, world, room * 1e9, assumed, gpu.memory_gb * 1e9), *((f"{world}x{name}", plan.memory.peak) for name in larger)))
 
 # %% ../nbs/15b_plan.ipynb #0fcc5d8a
-def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, gpu: Gpu, assumed: Assumptions) -> float:
-    "Returns the seconds of a run's evaluations: greedy answers before and after, and some during training, on each rank the same."
+def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, world: int, gpu: Gpu, assumed: Assumptions) -> float:
+    "Returns the seconds of a run's evaluations: greedy answers before and after, and some during training, shared by the ranks."
     s = Shape.of(model)
     seen = sizes.evaluated * (2 if config.evaluate_before else 1) + sizes.evaluated_during
     if not seen: return 0.0
     read = (s.text(sizes.P, 1, sizes.P**2 / 2, unread=sizes.P - 1) + s.picture(sizes.rows, sizes.columns)).total * seen
     peak = 1e12 * (gpu.tflops if config.precision == "bf16" else gpu.fp32_tflops) * assumed.forward_efficiency
     drawn = s.text(sizes.R, sizes.R, sizes.R * sizes.P + sizes.R**2 / 2).total * seen
-    return read / peak + decode_phase(replace(config, sampler="policy", vllm={}), model, gpu, assumed, seen, 1, sizes.P, sizes.R, drawn, 1).seconds
+    return read / world / peak + decode_phase(config, model, gpu, assumed, seen / world, 1, sizes.P, sizes.R, drawn, world).seconds
 
 # %% ../nbs/15b_plan.ipynb #306feba3
 def ways_out(config: TrainConfig,

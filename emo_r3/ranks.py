@@ -47,7 +47,15 @@ class Ranks:
         except RuntimeError as error: raise self._lost(where, error) from error
 
     def _lost(self, where: str, error: RuntimeError) -> RankLost:
-        return RankLost(f"rank {self.rank} of {self.world} waited up to {self.timeout_s:g} s ({where}): {' '.join(str(error).split())[:300]}")
+        closed = [r for r in range(self.world) if r != self.rank and self._closed(r)]
+        gone = f"rank{'s' * (len(closed) > 1)} {', '.join(map(str, closed))} ended; " if closed else ""
+        return RankLost(f"rank {self.rank} of {self.world} waited up to {self.timeout_s:g} s ({where}): {gone}{' '.join(str(error).split())[:300]}")
+
+    def _closed(self, rank: int) -> bool:
+        "Returns whether another rank's end of the line is closed; one that only hangs keeps it open."
+        try: dist.irecv(torch.zeros(1), src=rank, group=self.group)
+        except RuntimeError: return True
+        return False
 
     def every(self, thing: T, where: str) -> list[T]: # one a rank, in their order
         "Returns what each rank brought, anything that JSON can hold."
@@ -61,7 +69,7 @@ class Ranks:
             found = [torch.empty_like(padded) for _ in sizes]
             dist.all_gather(found, padded, self.group)
         except RuntimeError as error: raise self._lost(where, error) from error
-        return [json.loads(bytes(f[: int(n)].tolist())) for f, n in zip(found, sizes)]
+        return [json.loads(f[: int(n)].numpy().tobytes()) for f, n in zip(found, sizes)]
 
     def told(self, thing: T, where: str) -> T:
         "Returns what the first rank brought."

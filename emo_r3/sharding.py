@@ -58,7 +58,8 @@ class Spread:
         if hasattr(model, "get_base_model"): raise ValueError(f"sharding = {how!r} with an adapter; allowed: none, for its gradients are small, and the frozen weights are needed whole")
         tower = model.model.visual
         learns = any(p.requires_grad for p in tower.parameters()) or not any(p.requires_grad for p in model.parameters())
-        options = {"mesh": init_device_mesh(model.device.type, (ranks.world,)), "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy(), "ignored_params": None if learns else set(tower.parameters())}
+        options = {"mesh": init_device_mesh(model.device.type, (ranks.world,)), "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else MixedPrecisionPolicy(), "ignored_params": None if learns else set(tower.parameters())}
+        # inputs are not cast: the vision tower's rotary angles come in single precision, and must stay so
         for layer in (*model.model.language_model.layers, *(tower.blocks if learns else ())): fully_shard(layer, reshard_after_forward=self.lockstep, **options)
         model.as_forward = lambda function, *inputs: function(*inputs)
         fully_shard(model, reshard_after_forward=False, **options)
@@ -73,7 +74,7 @@ class Spread:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        "Lets every weight be there while the block lasts; blocks may stand in one another. Nothing is sent within, so ranks may do different things."
+        "Lets every weight be there while the block lasts; blocks may stand in one another. Nothing is sent within, so ranks may do different things. Raises RankLost where one does not come."
         if self._open == 0: self._gather()
         self._open += 1
         try: yield
@@ -82,6 +83,7 @@ class Spread:
             if self._open == 0: self._close()
 
     def _gather(self) -> None:
+        if self.in_parts: self.ranks.meet("gathering weights")
         for part in self.parts:
             part.unshard()
             part.set_reshard_after_forward(False, recurse=False)

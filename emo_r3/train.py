@@ -385,10 +385,12 @@ class Trainer:
         self.reference = (reference(policy) if frozen is None else frozen) if needed else None
         if started and self.reference is policy: raise ValueError(f"policy: its adapter has been trained already ({started[0]} is not zero), so that with the adapter off it is not what it is now; allowed: merge it into the weights first (`merge_and_unload`), then add a fresh one")
         how, bf16 = chosen_sharding(config.sharding), config.precision == "bf16"
-        copied = self.reference is not None and self.reference is not policy
-        if copied and how != "none" and self.ranks.world > 1 and bf16: self.reference.to(torch.bfloat16)  # as the policy's whole weights are
+        held = self.reference if frozen is None else frozen  # a copy that evaluations alone ask lies in parts too
+        copied = held is not None and held is not policy
+        if copied and how != "none" and self.ranks.world > 1 and bf16:
+            for p in held.parameters(): p.data = p.data.to(torch.bfloat16)  # as the policy's whole weights are; .to() would round the rotary frequencies as well
         self.spread = Spread(policy, how, self.ranks, bf16)
-        self.reference_spread = Spread(self.reference, how, self.ranks) if copied else self.spread
+        self.reference_spread = Spread(held, how, self.ranks) if copied else self.spread
         self.reference_pictures = self.pictures if sees_the_same or self.reference is None else PictureFeatures(self.reference)
         asked, seen = (self.reference, self.reference_pictures) if config.judge == "reference" else (policy, self.pictures)
         self.judge_timeout_s = None if judge is None else config.judge_timeout_s  # our own judge is this process' work, not somebody's service
@@ -412,7 +414,7 @@ class Trainer:
     @contextmanager
     def awake(self) -> Iterator[None]:
         "Lets completions be drawn and questions be answered while the block lasts, with the present weights."
-        with self.whole(), ExitStack() as window:
+        with self.spread.whole(), self.reference_spread.whole() if self.config.judge == "reference" else nullcontext(), ExitStack() as window:
             if hasattr(self.sampler, "awake"):
                 with self.autocast(): window.enter_context(self.sampler.awake())  # it compares itself with the policy, as the update computes it
             yield
@@ -613,20 +615,21 @@ def begin_step(trainer: Trainer, # the run's state
               ) -> BegunStep:
     "Returns a step before its first update: lines 3 to 10 of Algorithm 1, and what the loss compares with. No weight changes. Raises Depleted where too few groups pass the filter."
     c, timing, deals, filtered, clock = trainer.config, {}, 1, {}, trainer.clock()
-    with trainer.awake():
-        if hasattr(trainer.sampler, "awake"): timing["timing_s/sync"] = trainer.clock() - clock
-        if c.filter_key == "none": experience = collect(trainer, examples, seed, timing)  # lines 3-10: sample, parse, reflect, score, normalise
-        else: experience, deals, filtered = collect_live(trainer, examples, seed, timing, deal)
-    if c.advantage == "gdpo":
-        everyone = torch.tensor(trainer.ranks.every(experience.advantages.tolist(), "a step's advantages"))  # (ranks, B, G)
-        alive = (experience.advantages != 0).any(1, keepdim=True)  # a group without variance stays at 0, though the batch's mean is not exactly 0
-        experience = replace(experience, advantages=batch_normalize(experience.advantages, everyone, trainer.weights.std, trainer.weights.eps) * alive)
-    clock, old_logps, ref_logps = trainer.clock(), None, None
-    with trainer.whole(), trainer.autocast():
-        if c.method != "sft" and (len(parts(trainer, len(examples))) > 1 or c.tis_cap is not None): old_logps = score_rollouts(trainer.policy, experience.rollouts, c, trainer.pictures)
-        if c.beta > 0:
-            with as_reference(trainer.reference) as frozen: ref_logps = score_rollouts(frozen, experience.rollouts, c, trainer.reference_pictures)
-    timing["timing_s/logps"], timing["timing_s/update"] = trainer.clock() - clock, 0.0
+    with trainer.spread.whole():  # gathered once for all of it
+        with trainer.awake():
+            if hasattr(trainer.sampler, "awake"): timing["timing_s/sync"] = trainer.clock() - clock
+            if c.filter_key == "none": experience = collect(trainer, examples, seed, timing)  # lines 3-10: sample, parse, reflect, score, normalise
+            else: experience, deals, filtered = collect_live(trainer, examples, seed, timing, deal)
+        if c.advantage == "gdpo":
+            everyone = torch.tensor(trainer.ranks.every(experience.advantages.tolist(), "a step's advantages"))  # (ranks, B, G)
+            alive = (experience.advantages != 0).any(1, keepdim=True)  # a group without variance stays at 0, though the batch's mean is not exactly 0
+            experience = replace(experience, advantages=batch_normalize(experience.advantages, everyone, trainer.weights.std, trainer.weights.eps) * alive)
+        clock, old_logps, ref_logps = trainer.clock(), None, None
+        with trainer.whole(), trainer.autocast():
+            if c.method != "sft" and (len(parts(trainer, len(examples))) > 1 or c.tis_cap is not None): old_logps = score_rollouts(trainer.policy, experience.rollouts, c, trainer.pictures)
+            if c.beta > 0:
+                with as_reference(trainer.reference) as frozen: ref_logps = score_rollouts(frozen, experience.rollouts, c, trainer.reference_pictures)
+        timing["timing_s/logps"], timing["timing_s/update"] = trainer.clock() - clock, 0.0
     return BegunStep(experience, old_logps, ref_logps, timing, [], deals, filtered | getattr(trainer.sampler, "figures", dict)())
 
 
@@ -958,7 +961,7 @@ def check_same(state: Mapping, # of a checkpoint
                where: Path, # the checkpoint
                config: TrainConfig, # of now
                examples: Sequence[EmotionExample], # of now
-                extras: Sequence[ExtraReward], # of now
+               extras: Sequence[ExtraReward], # of now
                ranks: int, # of now
                began_as: str, # fingerprint of the policy that was given
                accept_changes: bool, # of the configuration, where it can change within a run; told, not refused
@@ -971,6 +974,7 @@ def check_same(state: Mapping, # of a checkpoint
     if fixed: raise ValueError(f"checkpoint {where}: {'; '.join(fixed)} cannot change within a run, for the optimizer, its schedule or the order of pictures keep it; allowed: the same, or --resume never for a new run")
     if state["examples_sha256"] != data_sha256(examples): raise ValueError(f"checkpoint {where} was made on other training pictures (their ids, labels, questions or order differ); allowed: the same ones, or --resume never for a new run")
     if state["policy_sha256"] != began_as: raise ValueError(f"checkpoint {where}: its run began with other weights than the policy given now; allowed: policy = {config.policy!r} as it was at the start, for the reference is made from it")
+    if config.precision == "bf16" and state["config"]["sharding"] != config.sharding: print(f"emo-r3: resuming with sharding {state['config']['sharding']} -> {config.sharding}, which in bf16 rounds elsewhere", file=sys.stderr)
     if state["ranks"] != ranks: print(f"emo-r3: resuming on another number of processes: {state['ranks']} -> {ranks}; from the next step on they draw other completions", file=sys.stderr)
     for what, lines in (("configuration", changed), ("versions", differences(state["versions"], library_versions()))):
         for line in lines: print(f"emo-r3: resuming under another {what.removesuffix('s')}: {line}", file=sys.stderr)
@@ -1067,7 +1071,9 @@ def balanced(trainer: Trainer, begun: BegunStep, examples: Sequence[EmotionExamp
         tensors, plain = pack_step(take_from(begun, groups))
         return {"tensors": {name: t.tolist() for name, t in tensors.items()}, "plain": plain}
     sent = ranks.every({str(rank): packed(groups) for rank, groups in leaving[ranks.rank].items() if groups}, "swapping groups")
-    came = {r: unpack_step(trainer, examples, {name: torch.tensor(v) for name, v in sent[r][str(ranks.rank)]["tensors"].items()}, sent[r][str(ranks.rank)]["plain"]) for r in range(ranks.world) if r != ranks.rank and leaving[r][ranks.rank]}
+    kinds = {name: t.dtype for name, t in pack_step(begun)[0].items()}
+    def unpacked(one: dict) -> BegunStep: return unpack_step(trainer, examples, {name: torch.tensor(v, dtype=kinds[name]) for name, v in one["tensors"].items()}, one["plain"])
+    came = {r: unpacked(sent[r][str(ranks.rank)]) for r in range(ranks.world) if r != ranks.rank and leaving[r][ranks.rank]}
     mine = [take_from(begun, [i]) if owner == ranks.rank else take_from(came[owner], [leaving[owner][ranks.rank].index(i)]) for owner, i in wanted[ranks.rank]]
     return replace(put_together(mine), timing=begun.timing, filtered=begun.filtered, updates=begun.updates)
 
@@ -1148,7 +1154,7 @@ class Run:
     def evaluate(self, evaluation: "Evaluation | None", when: str) -> dict[str, dict]:
         "Returns an evaluation's figures; a signal stops it at once."
         if evaluation is None: return {}
-        with self.at_once(), self.trainer.awake(): report = evaluation(self.trainer.policy, when)
+        with self.at_once(), self.trainer.whole(), self.trainer.awake(): report = evaluation(self.trainer.policy, when)
         self.check_stop()
         return self.trainer.ranks.told(report, "an evaluation's figures")
 
@@ -1177,7 +1183,10 @@ class Run:
         with self.at_once(): begun = begin_step(self.trainer, *self.deal(), *more)
         where = {id(x): i for i, x in enumerate(self.examples)}
         begun.places = tuple(where[id(x)] for x in begun.experience.examples)
-        return balanced(self.trainer, begun, self.examples)
+        clock = self.trainer.clock()
+        begun = balanced(self.trainer, begun, self.examples)
+        if self.trainer.ranks.world > 1: begun.timing["timing_s/balance"] = self.trainer.clock() - clock  # the wait for the slowest sampler among it
+        return begun
 
     def step(self, step: int, last: bool, evaluation: "Evaluation | None") -> dict[str, float]:
         "Makes one step, or the rest of it, and returns its metrics; where a signal comes, a checkpoint is saved before Stopped is raised."
@@ -1263,6 +1272,7 @@ def train(config: TrainConfig, # every choice
     if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     ranks = ranks or Ranks(config.rank_timeout_s)
     how = chosen_sharding(config.sharding)  # what cannot be is told before anything is read
+    if how != "none" and config.optimizer != "adamw": raise ValueError(f"sharding = {how!r}; allowed with optimizer = {config.optimizer!r}: none, so distributed_type: MULTI_GPU in accelerate's launch file")
     if how != "none" and config.lora_rank: raise ValueError(f"sharding = {how!r}, as accelerate's launch file says; allowed with lora_rank above 0: none, so distributed_type: MULTI_GPU")
     if config.prompts_per_update % ranks.world: raise ValueError(f"prompts_per_update = {config.prompts_per_update}; allowed: a multiple of the number of processes, {ranks.world}")
     folder, helpers = Path(output_dir), {"evaluate": evaluate, "sampler": sampler, "judge": judge}

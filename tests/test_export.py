@@ -132,6 +132,7 @@ def test_the_card_tells_the_run_s_figures(runs, tmp_path):
     assert "THIS_FOLDER" in text and "PeftModel" not in text
 
 
+@pytest.mark.slow
 def test_half_precision_and_shards(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "_SHARD", "2MB")
     made = export_policy(runs("full"), tmp_path / "out", dtype="bf16")
@@ -152,6 +153,7 @@ def test_a_checkpoint_in_the_middle_knows_what_came_before_it(runs, tmp_path):
     assert last.summary["after"] and find_source(middle / "policy").step == 1  # the last one is what the summary speaks of
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_gives_its_newest_whole_checkpoint(tmp_path):
     folder = go(tmp_path / "run")
     (folder / "summary.json").unlink()
@@ -177,6 +179,7 @@ def test_a_run_whose_filter_found_nothing_says_so(tmp_path):
     assert made.checks["this folder"].largest == 0
 
 
+@pytest.mark.slow
 def test_a_policy_alone_says_that_it_knows_nothing(tmp_path, base):
     made = export_policy(base, tmp_path / "out")
     head, text = card(made.folder)
@@ -199,6 +202,7 @@ def test_a_kept_adapter_says_the_same_on_its_base(runs, tmp_path, base, kind):
     assert str(base.parent) not in text  # the card calls the base by its name alone
 
 
+@pytest.mark.slow
 def test_an_adapter_s_base_gets_the_name_that_others_know(runs, tmp_path):
     made = export_policy(runs("lora"), tmp_path / "out", base="someone/Small-VL")
     assert json.loads((made.folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/Small-VL"
@@ -229,6 +233,7 @@ def test_merging_four_bits_both_ways(runs, tmp_path):
     assert len((four_bits_alone.flatten()[:64] / four_bits_alone.flatten()[:64].abs().max()).round(decimals=4).unique()) <= 16  # a block of 64 has at most 16 values
 
 
+@pytest.mark.slow
 def test_weights_held_in_half_precision_are_written_so(runs, tmp_path):
     "Merged in single precision and rounded once; asked for fp32, not rounded."
     half, whole = export_policy(runs("bf16"), tmp_path / "half", merge="full"), export_policy(runs("bf16"), tmp_path / "whole", merge="full", dtype="fp32")

@@ -226,7 +226,9 @@ import torch.distributed as dist
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
 from emo_r3.policy import load_policy
 from emo_r3.sharding import Spread
-class Eight: world, rank = 8, 0
+class Eight:
+    world, rank = 8, 0
+    def meet(self, where): pass
 model = load_policy("embedded")
 spread = Spread(model, sys.argv[1], Eight(), bf16=True)
 local = sum(p.to_local().numel() * p.to_local().element_size() for p in model.parameters())
@@ -720,7 +722,7 @@ def test_an_engine_takes_its_share_while_it_is_awake():
     ours, awake = held(), held(sampler="vllm")
     assert (awake.engine, awake.engine_awake, awake.cache, awake.host) == (0.45 * 80e9, 0, 0, 2 * n)
     assert awake.moments["sampling"] == pytest.approx(awake.always + awake.gathered + 36e9) and awake.moments["backward"] == ours.moments["backward"]
-    assert awake.moments["evaluation"] == pytest.approx(ours.moments["evaluation"] + 36e9)  # which asks the policy itself, the engine awake beside it
+    assert awake.moments["evaluation"] == pytest.approx(awake.always + awake.gathered + 36e9)  # the engine answers there too
     always = held(sampler="vllm", vllm='{"gpu_memory_utilization": 0.3, "sleep": false}')
     assert (always.engine, always.engine_awake, always.host) == (0, 24e9, 0) and always.moments["optimizer"] == pytest.approx(ours.moments["optimizer"] + 24e9)
     elsewhere = held(sampler="vllm_server", vllm='{"url": "http://10.0.0.7:8000", "folder": "/weights"}')
@@ -731,7 +733,6 @@ def test_an_engine_s_plan_names_it_and_the_host_s_memory():
     plan, other = plan_run(recipe("emoset_8gpu", sampler="vllm"), "8xH100"), plan_run(recipe("emoset_8gpu"), "8xH100")
     assert "engine 36.0 GB" in plan_table(plan) and "7.5 GB of the host's memory a rank: the engine's weights while it sleeps" in plan_table(plan) and "6 ms a decoding step" in plan_table(plan)
     assert plan.phases["decode"].seconds < other.phases["decode"].seconds / 3 and plan.phases["update"] == other.phases["update"]
-    other_ways = plan.ways_out  # a smaller share; evaluations answer beside it
     step_s = (2 * (2.775e9 + 0.311e9) + 36_864 * 256 * (914 + 150)) / (3350e9 * 0.6) + 0.006  # weights, and the keys of 256 half-written completions
     assert plan.phases["decode"].seconds == pytest.approx(512 * 300 / 256 * step_s, rel=0.02)  # 512 completions a rank, 256 at once
-    assert other_ways and all(peak <= 77e9 for _, peak in other_ways) and other_ways[0][0] == 'vllm = {"gpu_memory_utilization": 0.3}'
+    assert plan.fits and not plan.ways_out

@@ -73,18 +73,16 @@ def test_stopped_and_resumed_is_the_same_run_on_two_ranks(whole, tmp_path, stop)
 
 
 @pytest.mark.slow
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["dead", "frozen"])
-@pytest.mark.parametrize("who", [0, 1])
-def test_a_rank_that_is_gone_is_named_in_time(tmp_path, how, who):
+@pytest.mark.parametrize(("how", "who", "sharding", "where"), [("dead", 0, "none", "update:3"), ("dead", 1, "none", "update:3"), ("frozen", 0, "none", "update:3"), ("frozen", 1, "none", "update:3"), ("dead", 1, "zero2", "collect:2"), ("frozen", 0, "zero2", "collect:2")])
+def test_a_rank_that_is_gone_is_named_in_time(tmp_path, how, who, sharding, where):
     "Each process is started by itself, so that no supervisor ends the other one first."
     import socket
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     start = lambda rank: subprocess.Popen([sys.executable, str(SCRIPT), "train", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True,
-                                          env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TEST_TIMEOUT": "8",
-                                               "TEST_STOP": f"{'kill' if how == 'dead' else 'freeze'}:{who}:update:3"})
+                                          env={**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TEST_TIMEOUT": "8", "TEST_SHARDING": sharding,
+                                               "TEST_STOP": f"{'kill' if how == 'dead' else 'freeze'}:{who}:{where}"})
     processes = [start(rank) for rank in (0, 1)]
     clock, other = None, processes[1 - who]
     try:

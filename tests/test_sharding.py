@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ def test_a_run_of_four_goes_on_with_one_or_two_in_the_middle_of_a_step(alone, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["bf16", "dead"])
+@pytest.mark.parametrize("sharding", ["zero2", "zero3"])
+def test_in_half_precision_the_reference_is_the_policy_and_dead_updates_decay(what, sharding):
+    done = run(what, sharding, 2)
+    assert done.returncode == 0 and done.stdout.count("finished") == 2, done.stderr[-3000:]
+
+
+@pytest.mark.slow
 def test_with_a_frozen_tower_and_a_dead_half(tmp_path):
     "beta = 0: groups without variance are left out, on one rank more than on the other; the tower is whole on each rank."
     fields = ("freeze_vision=true", "beta=0.0", "max_steps=2", "num_generations=2", "max_completion_tokens=10")  # nearly all groups are dead: no answer is finished
@@ -99,12 +108,12 @@ def test_with_a_frozen_tower_and_a_dead_half(tmp_path):
 def test_the_launch_file_starts_a_sharded_run_and_an_evaluation_is_shared(tmp_path):
     "As tutorials/eight_gpus has it, on two processes of this CPU."
     there = {**os.environ, "OMP_NUM_THREADS": "1"}
-    bin = Path(sys.executable).parent
-    launch = [str(bin / "accelerate"), "launch", "--config_file", str(Path(__file__).parent.parent / "emo_r3" / "launch" / "fsdp2_reshard.yaml"), "--num_processes", "2", "--no_python", str(bin / "emo-r3")]
+    scripts = Path(sys.executable).parent
+    launch = [str(scripts / "accelerate"), "launch", "--config_file", str(Path(__file__).parent.parent / "emo_r3" / "launch" / "fsdp2_reshard.yaml"), "--num_processes", "2", "--no_python", str(scripts / "emo-r3")]
     small = ["--max-steps", "1", "--prompts-per-step", "8", "--prompts-per-update", "8", "--eval-size", "3", "--evaluate-before", "false", "--output-dir", str(tmp_path / "run")]
     done = subprocess.run([*launch, "train", "scenes_cpu", *small], capture_output=True, text=True, timeout=580, env=there)
     assert done.returncode == 0 and str(tmp_path / "run" / "report.html") in done.stdout, done.stderr[-3000:]
-    for name, command in (("one", [str(bin / "emo-r3")]), ("two", launch)):
+    for name, command in (("one", [str(scripts / "emo-r3")]), ("two", launch)):
         done = subprocess.run([*command, "evaluate", str(tmp_path / "run" / "policy"), "scenes", "--size", "3", "--predictions", str(tmp_path / name)], capture_output=True, text=True, timeout=580, env=there)
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() == (tmp_path / "run" / "predictions" / "after.jsonl").read_bytes()
@@ -130,7 +139,7 @@ def test_what_cannot_be_sharded_is_refused():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_shares_are_even_and_nothing_is_lost(seed):
-    random = __import__("random").Random(seed)
+    random = Random(seed)
     world, n = random.randint(2, 8), random.randint(1, 12)
     tokens = [[random.choice((random.randint(1, 50), random.randint(500, 5000))) for _ in range(n)] for _ in range(world)]
     shares = even_shares(tokens)

@@ -16,7 +16,7 @@ from emo_r3.ranks import Ranks
 from emo_r3.scenes import make_scenes
 from test_resume import BASE, Evaluating
 
-CONFIG = replace(BASE, prompts_per_update=2, rank_timeout_s=float(os.environ.get("TEST_TIMEOUT", 120)))
+CONFIG = replace(BASE, sharding=os.environ.get("TEST_SHARDING", "none"), prompts_per_update=2, rank_timeout_s=float(os.environ.get("TEST_TIMEOUT", 120)))
 
 
 def stop_where_told(folder: Path) -> None:
