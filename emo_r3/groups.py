@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -160,8 +161,9 @@ class PictureFeatures:
     def __call__(self, pictures: Sequence[Picture]) -> list[torch.Tensor]: # each (tokens, hidden), without gradient
         "Returns the features of the pictures, encoding those that are new."
         new = list({p.key: p for p in pictures if p.key not in self.kept}.values())
-        for part in cut_groups([0] * len(new), [p.tokens for p in new], range(len(new)), ENCODED_AT_ONCE):
-            some = [new[i] for i in part]
+        while new:
+            fit = max(1, sum(tokens <= ENCODED_AT_ONCE for tokens in accumulate(p.tokens for p in new)))
+            some, new = new[:fit], new[fit:]
             for picture, features in zip(some, encode_pictures(self.model, some)): self.kept[picture.key] = features.clone()  # of its own: a slice would keep the whole batch alive
         if self.drop_pixels:
             for picture in pictures: picture.__dict__.pop("pixel_values", None)  # prepared again if they are ever asked for
