@@ -9,6 +9,7 @@ __all__ = ['MERGES', 'Source', 'find_source', 'merged', 'Difference', 'Probe', '
 # %% ../nbs/14c_export.ipynb #d8abbcc3
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -160,7 +161,8 @@ def write_processor(processor: VLProcessor, # a policy's
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}, indent=2), encoding="utf-8")
 
 # %% ../nbs/14c_export.ipynb #8bd4cf4d
-def _name(path: str) -> str: return printable(Path(path).name if path.count("/") > 1 or path.startswith((".", "/", "~")) else path)  # a hub id, or the last part of a path
+def _name(path: str) -> str: return printable(Path(path).name if Path(path).is_dir() or path.count("/") > 1 or path.startswith((".", "/", "~")) else path)  # a hub id, or the last part of a path
+def _line(value: object) -> str: return printable(str(value)).replace("|", "\\|")  # what a run's files say stays within its line, and its column
 
 
 def _percent(figures: Mapping | None) -> str:
@@ -178,9 +180,9 @@ def accuracy_lines(source: Source) -> list[str]:
     "Returns a card's table of accuracy, or the sentence that says why there is none."
     s = source.summary
     before, after = s.get("before") or source.before, s.get("after") or {}
-    during = [f"During training, on validation pictures and after step {source.during[0]}: " + "; ".join(f"{domain} {100 * value:.1f} %" for domain, value in source.during[1].items()) + "."] if source.during and not after else []
+    during = [f"During training, on validation pictures and after step {source.during[0]}: " + "; ".join(f"{_line(domain)} {100 * value:.1f} %" for domain, value in source.during[1].items()) + "."] if source.during and not after else []
     if not before and not after: return [*during, "The run was not evaluated on test pictures." if source.config else "Nothing is known here about how this policy was measured."]
-    rows = [f"| {printable(d)} | {_percent(before.get(d))} | {_percent(after.get(d))} | {_change(s.get('comparison', {}).get(d))} |" for d in dict.fromkeys((*before, *after))]
+    rows = [f"| {_line(d)} | {_percent(before.get(d))} | {_percent(after.get(d))} | {_change(s.get('comparison', {}).get(d))} |" for d in dict.fromkeys((*before, *after))]
     return ["Accuracy of greedy answers on held-out pictures, in %, with 95 % Wilson intervals; the change in points, with its interval, p by McNemar's test on the same pictures.", "",
             "| test set | before | after | change |", "|:--|--:|--:|--:|", *rows, "", *during]
 
@@ -195,7 +197,7 @@ def training_lines(source: Source) -> list[str]:
              "steps": f"{source.step} of {c.prompts_per_step} pictures with {c.num_generations} completion{'s' if c.num_generations > 1 else ''} each", "optimizer": f"{c.optimizer}, rate {c.learning_rate:g} ({c.lr_schedule}), KL weight {c.beta:g}", "precision": c.precision, "seed": c.seed,
              "time": f"{s['wall_s'] / 3600:.2f} hours" if s.get("wall_s") else None, "weights chosen": f"{s['reported']['checkpoint']}, the best on validation pictures" if s.get("reported") else None,
              "ended early": f"the filter kept too few groups ({ended['why']} after step {ended['step']}" + "".join(f", {100 * ended[k]:.0f} % {k.replace('_', ' ')}" for k in ("kept", "all_right", "all_wrong") if k in ended) + ")" if ended else None}
-    return [f"- {name}: {printable(str(value))}" for name, value in facts.items() if value is not None]
+    return [f"- {name}: {_line(value)}" for name, value in facts.items() if value is not None]
 
 
 def prompt_text_of(config: TrainConfig) -> str:
@@ -204,15 +206,18 @@ def prompt_text_of(config: TrainConfig) -> str:
     return "\n".join(item["text"] for item in asked[0]["content"] if item["type"] == "text")
 
 # %% ../nbs/14c_export.ipynb #a90c7609
-def _use_lines(kind: str, base: str, four_bit: bool) -> list[str]:
+_SERVED_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for; 16 unless it is told
+
+
+def _use_lines(kind: str, base: str, four_bit: bool, rank: int, longest: int) -> list[str]:
     held = ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16", llm_int8_skip_modules=["model.visual", "lm_head"])' if four_bit else ', dtype="auto"'
     load = (["from peft import PeftModel", f"base = AutoModelForImageTextToText.from_pretrained({base!r}{held})", 'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'] if kind == "adapter"
             else ['model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")'])
-    serve = f"vllm serve {base} --enable-lora --lora-modules emotions=THIS_FOLDER" if kind == "adapter" else "vllm serve THIS_FOLDER"
+    serve = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {next((r for r in _SERVED_RANKS if r >= rank), rank)} --lora-modules emotions=THIS_FOLDER" if kind == "adapter" else "vllm serve THIS_FOLDER"
     return ["```python", f"from transformers import AutoModelForImageTextToText, AutoProcessor{', BitsAndBytesConfig' if kind == 'adapter' and four_bit else ''}", *load, 'processor = AutoProcessor.from_pretrained("THIS_FOLDER")  # needs torchvision',
-            'chat = [{"role": "user", "content": [{"type": "image", "image": "picture.jpg"}, {"type": "text", "text": PROMPT}]}]',
+            'chat = [{"role": "user", "content": [{"type": "image", "image": "picture.jpg"}, {"type": "text", "text": PROMPT}]}]  # PROMPT: the text above',
             'inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt").to(model.device)',
-            "answer = model.generate(**inputs, max_new_tokens=512, do_sample=False)", 'print(processor.decode(answer[0, inputs["input_ids"].shape[1]:]))', "```", "", f"With vLLM: `{serve}`" + (" (its full-precision base is not the four-bit one that was trained on; see below)" if kind == "adapter" and four_bit else "")]
+            f"answer = model.generate(**inputs, max_new_tokens={longest}, do_sample=False)", 'print(processor.decode(answer[0, inputs["input_ids"].shape[1]:]))', "```", "", f"With vLLM: `{serve}`" + (" (its full-precision base is not the four-bit one that was trained on; see below)" if kind == "adapter" and four_bit else "")]
 
 
 def model_card(source: Source,
@@ -222,6 +227,7 @@ def model_card(source: Source,
                four_bit: bool, # whether it was trained on four-bit weights
                dtype: str, # of the weights
                checks: Mapping[str, Difference], # what was compared with the trained policy, by name
+               rank: int = 0, # of an adapter that is kept
               ) -> str:
     "Returns README.md: a header for the hub, then what a reader of the weights needs."
     c, s = source.config, source.summary
@@ -230,13 +236,14 @@ def model_card(source: Source,
     what = f"An adapter for {named}" if kind == "adapter" else f"{named} with its weights trained" if merge is None else f"{named} with a trained adapter merged into its weights"
     how = {None: "", "full": "The adapter was added, in single precision, to the base's own weights." + (" It was trained on the same weights in four bits (NF4), which are not quite the same: see the check." if four_bit else ""),
            "dequantised": "The adapter was added, in single precision, to the four-bit weights (NF4) that it was trained on, written out in full: the policy that was measured."}[merge]
-    prompt = ["Below the picture, in the user's turn:", "", "```text", *prompt_text_of(c).splitlines(), "```", "", "The answer stands in the last `\\boxed{}`. Other prompts were not trained, and not measured."] if c else ["Which prompt the policy was trained with is not known here."]
-    return "\n".join(["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {what}", "", f"It names the emotion that a picture evokes, made with EMO-R3 (arXiv 2602.23802) by the library emo_r3. {how}".strip(), "", "## How to ask it", "", *prompt, "", *_use_lines(kind, named, kind == "adapter" and four_bit), "",
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", prompt_text_of(c) if c else "")), default=0))  # a template may hold some itself
+    prompt = ["Below the picture, in the user's turn:", "", f"{fence}text", *prompt_text_of(c).splitlines(), fence, "", "The answer stands in the last `\\boxed{}`. Other prompts were not trained, and not measured."] if c else ["Which prompt the policy was trained with is not known here."]
+    return "\n".join(["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {what}", "", f"It names the emotion that a picture evokes, made with EMO-R3 (arXiv 2602.23802) by the library emo_r3. {how}".strip(), "", "## How to ask it", "", *prompt, "", *_use_lines(kind, named, kind == "adapter" and four_bit, rank, c.max_completion_tokens if c else 512), "",
                       "## What was measured", "", *accuracy_lines(source), "", "## How it was trained", "", *training_lines(source), "", "## The export, checked", "", f"Weights in {dtype}. On scenes that emo_r3 draws, against the policy as it was trained:", "",
                       *[f"- {name}: {d}" for name, d in checks.items()], "", "## Limits", "", "- The figures hold for the data named above, with its labels and its annotators' taste; emotions are in the viewer, and other people see others.",
                       "- It answers with one of the labels it was trained on, also where none fits. It says nothing about what a person in a picture feels, and is not made to judge people.",
                       "- The steps before the answer were rewarded for form and consistency; they are not proof of how the answer came about.", "- The licence of the base holds for what is made from it.", "",
-                      "## Made with", "", *[f"- {name}: {value}" for name, value in (source.versions or library_versions()).items() if value is not None], *([f"- commit: {s['commit']}"] if s.get("commit") else []), ""])
+                      "## Made with", "", *[f"- {_line(name)}: {_line(value)}" for name, value in (source.versions or library_versions()).items() if value is not None], *([f"- commit: {_line(s['commit'])}"] if s.get("commit") else []), ""])
 
 # %% ../nbs/14c_export.ipynb #1ae1f901
 @dataclass(frozen=True)
@@ -325,7 +332,7 @@ def export_policy(source: str | Path, # a run's folder, a checkpoint's, or a pol
         write_processor(processor, staging)
         if keeps: checks = _keep_adapter(found, policy, staging, base, probe, held)
         else: checks = _write_weights(merged(policy, merge) if merge else policy, staging, str(_DTYPES[dtype]).removeprefix("torch.") if dtype else held, probe, device)
-        card = model_card(found, "adapter" if keeps else "weights", base or called or (c.policy if c else "Qwen2.5-VL"), merge, four_bit, "float32" if keeps else dtype or held, checks)
+        card = model_card(found, "adapter" if keeps else "weights", base or called or (c.policy if c else "Qwen2.5-VL"), merge, four_bit, "float32" if keeps else dtype or held, checks, json.loads((found.policy / "adapter_config.json").read_text(encoding="utf-8"))["r"] if keeps else 0)
         (staging / "README.md").write_text(card, encoding="utf-8")
         size = sum(p.stat().st_size for p in staging.rglob("*") if p.is_file())
     return Export(target, "adapter" if keeps else "weights", size, checks)

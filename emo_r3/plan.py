@@ -787,12 +787,14 @@ def ways_out(config: TrainConfig,
         new = {name: config.vllm | value if name == "vllm" else value for name, value in changes.items() if _helps(config, name, value, world)}
         if not new or any(_within(tried, new) for tried in enough) or out and set(new) & {"freeze_vision", "lora_rank", "four_bit"}: continue
         if new.get("sharding") and (config.lora_rank or config.optimizer != "adamw") or new.get("optimizer") and how_sharded(config, world) != "none": continue  # neither adapters nor moments in eight bits are divided
-        changed, there = replace(config, **new), sizes
+        asked = new
+        if config.sharding in ("zero2", "zero3") and how_sharded(config, world) == "none" and new.keys() & {"optimizer", "lora_rank"}: asked = {"sharding": None, **new}  # what a recipe for several says would be refused beside them
+        changed, there = replace(config, **asked), sizes
         if "max_pixels" in new:
             rows, columns = picture_grid(changed, model, assumed.picture)
             there = replace(sizes, rows=rows, columns=columns, P=sizes.P - sizes.picture_tokens + rows * columns)
         peak = memory_of(changed, model, there, world, device).peak
-        if peak <= room: out, enough = [*out, (", ".join(f"{name} = {json.dumps(value)}" for name, value in new.items()), peak)], [*enough, new]
+        if peak <= room: out, enough = [*out, (", ".join(f"{name} = {json.dumps(value)}" for name, value in asked.items()), peak)], [*enough, new]
     return tuple(out)
 
 

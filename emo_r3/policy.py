@@ -507,7 +507,10 @@ def staged_folder(target: Path, # the folder that should appear, whole or not at
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in (*staging.rglob("*"), staging): sync(path)
+        os.umask(mask := os.umask(0))
+        for path in (*staging.rglob("*"), staging):
+            if path.is_file(): path.chmod(0o666 & ~mask)  # as any other file: safetensors writes for its owner alone
+            sync(path)
         if target.exists(): target.rename(old)
         staging.rename(target)
         sync(target.parent)  # the new name too

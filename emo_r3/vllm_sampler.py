@@ -14,8 +14,10 @@ import gc
 import hashlib
 import io
 import json
+import math
 import os
 import random
+import secrets
 import shutil
 import tempfile
 import time
@@ -27,6 +29,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 def _whole(low): return f"a whole number, {low} or more", lambda v: type(v) is int and v >= low
 
 
-def _number(allowed, fits): return allowed, lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and fits(v)
+def _number(allowed, fits): return allowed, lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) and fits(v)
 
 
 SAMPLERS = ("policy", "vllm", "vllm_server")  # who draws the completions of a run
@@ -55,11 +58,11 @@ _LORA = ("'adapter' (its matrices stay apart, as in training) or 'merged' (added
 _OURS = {"lora": _LORA, "probe_bound": _number("a number above 0, nats", lambda v: v > 0)}
 OPTIONS = {  # for each kind of engine the fields of the configuration's `vllm`, with what is allowed
     "vllm": _OURS | {
-        "gpu_memory_utilization": _number("a share above 0, at most 1", lambda v: 0 < v <= 1), "tensor_parallel_size": _whole(1), "max_model_len": _whole(1), "max_num_seqs": _whole(1),
+        "gpu_memory_utilization": _number("a share above 0, at most 1", lambda v: 0 < v <= 1), "tensor_parallel_size": ("1, for each process has an engine of its own; a larger model goes behind sampler = 'vllm_server'", lambda v: type(v) is int and v == 1), "max_model_len": _whole(1), "max_num_seqs": _whole(1),
         "max_num_batched_tokens": _whole(1), "enforce_eager": ("true or false", lambda v: isinstance(v, bool)), "sleep": ("true or false", lambda v: isinstance(v, bool)),
         "dtype": ("'bfloat16', 'float16' or 'float32'", lambda v: v in ("bfloat16", "float16", "float32"))},
     "vllm_server": _OURS | {
-        "url": ("the server's address, such as 'http://10.0.0.7:8000'", lambda v: isinstance(v, str) and v.startswith(("http://", "https://"))),
+        "url": ("the server's address, such as 'http://10.0.0.7:8000'", lambda v: isinstance(v, str) and v.startswith(("http://", "https://")) and bool(urlsplit(v).hostname)),
         "folder": ("a folder that this machine and the server both see under this name", lambda v: isinstance(v, str) and v != ""), "timeout_s": _number("a number of seconds above 0", lambda v: v > 0),
         "dtype": ("'bfloat16', 'float16' or 'float32', as the server was started", lambda v: v in ("bfloat16", "float16", "float32"))}}
 
@@ -300,7 +303,7 @@ class LocalEngine:
                 if self.device.type == "cpu": self.llm.apply_model(_repack_head)
                 self.based = True
             if self.adapter: self._wear(policy)
-            self.llm.reset_prefix_cache()
+            if not self.llm.reset_prefix_cache(): raise StaleWeights("vLLM still holds keys and values of a request, computed with the old weights; allowed: no request under way while weights are handed over")
             self.llm.reset_mm_cache()
             self.llm.llm_engine.reset_encoder_cache()
 
@@ -325,7 +328,7 @@ def _vllm() -> Any:
     try:
         import vllm
         import vllm.lora.request
-    except ImportError as error: raise ImportError(f"sampler = 'vllm' needs the package vllm 0.32 ({' '.join(str(error).split())[:200]}); install it with pip install 'emo_r3[gpu]', or choose sampler = 'policy'") from error
+    except ImportError as error: raise ImportError(f"sampler = 'vllm' needs the package vllm 0.32 ({' '.join(str(error).split())[:200]}); install it with pip install -e '.[gpu]' in the clone, or choose sampler = 'policy'") from error
     return vllm
 
 # %% ../nbs/10b_vllm.ipynb #be139d31
@@ -352,6 +355,8 @@ class ServedEngine:
                 ):
         self.url, self.root, self.timeout_s, self.ranks, self.at_once = options["url"].rstrip("/"), Path(options["folder"]), options.get("timeout_s", 600.0), ranks, at_once
         self.merged, self.dtype, self.longest, self.number, self.model = options.get("lora") == "merged", options.get("dtype", "bfloat16"), None, 0, None
+        mine = secrets.token_hex(4)
+        self.run = mine if ranks is None else ranks.told(mine, "a name for the server's adapters")  # another run's may still be loaded there
         self.root.mkdir(parents=True, exist_ok=True)
         if "0.32." not in (version := str(self.call("/version").get("version"))): raise RuntimeError(f"{self.url}: vLLM {version}; allowed: 0.32, whose interface this is")
 
@@ -377,7 +382,9 @@ class ServedEngine:
         def one(a):
             body = {"token_ids": list(a.ids), "sampling_params": a.params | {"detokenize": False}, "return_token_ids": True} | ({"model": self.model} if self.model else {})
             return self.call("/inference/v1/generate", body | ({"content_parts": [{"type": "image_url", "url": urls[a.picture.key]}]} if a.picture else {}))
-        with ThreadPoolExecutor(self.at_once) as pool: found = list(pool.map(one, asks))
+        pool = ThreadPoolExecutor(self.at_once)
+        try: found = list(pool.map(one, asks))
+        finally: pool.shutdown(wait=False, cancel_futures=True)  # a signal does not wait for answers under way
         return [(f["prompt_token_ids"], [self._drawn(c) for c in sorted(f["choices"], key=lambda c: c["index"])]) for f in found]
 
     def _drawn(self, choice: Mapping) -> Drawn:
@@ -397,7 +404,8 @@ class ServedEngine:
             if first: self._send_weights(held)
         if adapter: self._send_adapter(policy, first)
         if first:
-            for path in ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"): self.call(path, {})
+            for path in ("/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"):
+                if self.call(path, {}).get("success", True) is False: raise StaleWeights(f"{self.url}{path}: refused, for a request is still running there; allowed: a server that only this run asks")
         if self.ranks is not None: self.ranks.meet("the server's new weights")
 
     def _send_weights(self, weights: dict[str, torch.Tensor]) -> None:
@@ -407,18 +415,22 @@ class ServedEngine:
         finally: shutil.rmtree(target)
 
     def _send_adapter(self, policy: "PeftModel", first: bool) -> None:
-        name, old = f"policy-{os.environ.get('MASTER_PORT', '')}-{self.number}", self.model
+        name, old = f"policy-{self.run}-{self.number}", self.model
         target = self.root / name
         write_adapter(policy, target, first)
         if first:
             self.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(target.resolve())})
-            if old: self.call("/v1/unload_lora_adapter", {"lora_name": old})
-            shutil.rmtree(self.root / old, ignore_errors=True) if old else None
         self.model = name
+        if first and old: self._unload(old)
+
+    def _unload(self, name: str) -> None:
+        try: self.call("/v1/unload_lora_adapter", {"lora_name": name})
+        finally: shutil.rmtree(self.root / name, ignore_errors=True)
 
     def close(self) -> None:
-        "Removes what was left in the folder."
-        if self.model and (self.ranks is None or self.ranks.first): shutil.rmtree(self.root / self.model, ignore_errors=True)
+        "Takes the adapter off the server, and removes what was left in the folder."
+        if self.model and (self.ranks is None or self.ranks.first): self._unload(self.model)
+        self.model = None
 
 
 _WANTS = {"/collective_rpc": "; allowed: a server started with VLLM_SERVER_DEV_MODE=1 and --worker-extension-cls emo_r3.vllm_sampler.ServerWorker", "/reset_prefix_cache": "; allowed: a server started with VLLM_SERVER_DEV_MODE=1",
@@ -499,7 +511,7 @@ class VLLMSampler:
         its = [values[token] for values, token in zip(found, ids)]
         exact = self.engine.dtype == "float32" and unwrapped(self.policy).dtype == torch.float32 and not torch.is_autocast_enabled(self.policy.device.type)
         gap = check_probe(mine, its, self.options.get("probe_bound", BOUNDS["bfloat16" if self.engine.dtype == "float32" and not exact else self.engine.dtype]), self.seen)
-        self.seen = (mine, its)
+        if self.seen is None or its != self.seen[1]: self.seen = (mine, its)  # what the policy said when the engine last changed: many small steps add up
         return gap
 
     def _ask(self, asks: Sequence[Ask], image_token: int) -> list[list[Drawn]]:

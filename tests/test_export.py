@@ -14,7 +14,7 @@ import emo_r3.export as export
 from emo_r3.checkpoint import DamagedCheckpoint
 from emo_r3.cli import main
 from emo_r3.evaluate import wilson_interval
-from emo_r3.export import Probe, export_policy, find_source, merged
+from emo_r3.export import Probe, Source, export_policy, find_source, merged, model_card
 from emo_r3.policy import add_lora, completion_logps, encode_prompts, load_policy, save_policy
 from emo_r3.prompts import set_messages
 from emo_r3.scenes import make_scenes
@@ -304,3 +304,17 @@ def test_a_probe_notices_nothing_where_nothing_changed(tmp_path):
         for name, p in other.named_parameters():
             if "lora_B" in name: p.fill_(0.05)
     assert probe.compare(merged(other)).mean > 1e-3
+
+
+def test_a_card_stays_a_card_whatever_a_run_s_files_say():
+    "Names of libraries, of domains, and the commit come from files that may have been downloaded."
+    evil = "x\n# Owned | cell\n"
+    source = Source(Path("p"), None, {"commit": evil, "before": {evil: {"accuracy": 0.5, "n": 4, "ci95": [0.1, 0.9]}}, "after": {evil: {"accuracy": 0.5, "n": 4, "ci95": [0.1, 0.9]}}}, 3, {}, None, {evil: evil})
+    card = model_card(source, "weights", "Qwen/Qwen2.5-VL-3B-Instruct", None, False, "float32", {})
+    assert "\n# Owned" not in card and "Owned \\| cell" in card
+    assert "base_model: runs" not in model_card(replace(source, summary={}), "weights", "a/b/c", None, False, "float32", {})
+
+
+def test_an_exported_adapter_is_served_with_room_for_its_rank():
+    card = model_card(Source(Path("p"), None, {}, 3, {}, None, {"torch": "1"}), "adapter", "Qwen/Qwen2.5-VL-3B-Instruct", None, False, "float32", {}, 64)
+    assert "vllm serve Qwen/Qwen2.5-VL-3B-Instruct --enable-lora --max-lora-rank 64 --lora-modules" in card

@@ -736,3 +736,15 @@ def test_an_engine_s_plan_names_it_and_the_host_s_memory():
     step_s = (2 * (2.775e9 + 0.311e9) + 36_864 * 256 * (914 + 150)) / (3350e9 * 0.6) + 0.006  # weights, and the keys of 256 half-written completions
     assert plan.phases["decode"].seconds == pytest.approx(512 * 300 / 256 * step_s, rel=0.02)  # 512 completions a rank, 256 at once
     assert plan.fits and not plan.ways_out
+
+
+@pytest.mark.parametrize("name", cli.recipe_names())
+def test_every_recipe_is_planned_on_any_number_of_devices_and_its_advice_is_accepted(name):
+    for gpus in ("1xH100", "1x4090", "2xA100", "8xH20"):
+        plan = plan_run(recipe(name), gpus)
+        assert plan.fits or plan.ways_out or plan.needed > 0
+        for words, peak in plan.ways_out:
+            if " = " not in words: continue  # another device
+            advised = dict(part.split(" = ") for part in words.split(", ")) if "{" not in words else {}
+            changed = replace(plan.config, **{field: json.loads(value) for field, value in advised.items()})  # what it advises is no error
+            assert changed != plan.config or not advised

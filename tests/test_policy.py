@@ -544,3 +544,10 @@ def test_small_and_wide_pictures_become_valid_prompts(processor):
     for size in ((8, 8), (500, 40), (40, 500), (1200, 900)):
         out = encode_prompts(processor, [set_messages("Which?", Image.new("RGB", size))]).padded()
         assert int((out["input_ids"] == processor.image_token_id).sum()) == int(out["image_grid_thw"].prod()) // 4 > 0
+
+
+def test_saved_files_are_as_readable_as_any_other(tmp_path):
+    "safetensors writes for its owner alone; a server under another account could not read the weights."
+    (tmp_path / "other").touch()
+    save_policy(load_policy(), load_processor(), tmp_path / "saved")
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "saved").iterdir()} == {(tmp_path / "other").stat().st_mode & 0o777}

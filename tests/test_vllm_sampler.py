@@ -1,5 +1,6 @@
 """The vLLM sampler without vLLM: what is refused, what an engine is asked, how weights are named, and in which order things happen. The real engine: tests/engine."""
 import base64
+import copy
 import io
 import json
 import re
@@ -165,6 +166,21 @@ def test_half_precision_has_a_wider_bound(policy, processor, asked):
     sampler.sample(asked, 1, 2, 1.0, seed=0)
 
 
+def test_an_engine_that_never_takes_weights_is_refused_though_each_step_is_small(policy, processor, asked):
+    "One step moves the probe by less than what counts as movement; many of them do not."
+    policy = copy.deepcopy(policy)
+    sampler = VLLMSampler(policy, processor, engine=StandIn(policy, processor))
+    sampler.engine.dtype = "bfloat16"
+    sampler.sample(asked, 1, 2, 1.0, seed=0)
+    sampler.engine.take = lambda p: None
+    with pytest.raises(StaleWeights):
+        for step in range(60):
+            change(policy, 1e-6)  # always the same way
+            sampler.learned()
+            sampler.sample(asked, 1, 2, 1.0, seed=0)
+    assert 0 < step < 59  # the first steps were let through
+
+
 def test_a_drawn_picture_token_is_refused(sampler, policy, asked):
     sampler.sample(asked, 1, 2, 1.0, seed=0)
     banned = policy.config.image_token_id
@@ -316,6 +332,7 @@ def test_ranks_meet_before_and_after_one_of_them_hands_over(policy, processor, t
     class Second:
         first = False
         def meet(self, where): met.append(where)
+        def told(self, thing, where): return thing
     engine = ServedEngine({"url": server.url, "folder": str(tmp_path)}, Second())
     engine.take(policy)
     assert met == ["handing weights to the server", "the server's new weights"] and server.calls == []

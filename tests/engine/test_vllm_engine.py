@@ -114,7 +114,7 @@ def test_caches_of_the_old_policy_are_forgotten(sampler, asked, monkeypatch):
         change(sampler.policy, 0.02, seed=2)
         sampler.learned()
         with monkeypatch.context() as m, torch.no_grad():
-            if not forgetful: m.setattr(sampler.engine.llm, "reset_prefix_cache", lambda: None)
+            if not forgetful: m.setattr(sampler.engine.llm, "reset_prefix_cache", lambda: True)
             try: r = read()
             except StaleWeights: continue  # the probe's own prompt was remembered
             assert agree(r, scored(r)) == (forgetful or sampler.engine.adapter)  # what was remembered under an old adapter's number is not read under a new one's
