@@ -255,7 +255,7 @@ def test_shared_tensors_are_gathered():
 
 def test_without_vllm_it_says_how_to_get_it(policy, processor, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ImportError, match=r"pip install 'emo_r3\[gpu\]'"): make_sampler("vllm", {}, policy, processor)
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[gpu\]'"): make_sampler("vllm", {}, policy, processor)
     with pytest.raises(ValueError, match="tensor_parallel_size = 2; allowed: 1"): LocalEngine(policy, processor, {"tensor_parallel_size": 2})
     policy.name_or_path = ""
     with pytest.raises(ValueError, match="it has no name_or_path"): LocalEngine(policy, processor, {})
