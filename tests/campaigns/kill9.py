@@ -108,7 +108,7 @@ class Watch:
         self.around(train.Run, "evaluate", lambda run, evaluation, when: f"evaluating {when}")
         self.around(train, "append_metrics", always("writing metrics"), self.part_of_a_line)
         self.around(train, "prune_checkpoints", lambda *a, **k: "removing old checkpoints" if removes(*a, **k) else None)
-        self.around(train, "save_policy", lambda model, processor, to: "writing the final policy" if to == folder / "policy" else None)
+        self.around(train, "save_policy", lambda model, processor, to, **_: "writing the final policy" if to == folder / "policy" else None)
         self.around(train, "write_whole", lambda path, text: "writing the summary" if path.name == "summary.json" else None, self.part_of_a_file)
         self.around(Path, "rename", lambda path, to: "naming a checkpoint" if to.parent == folder / "checkpoints" and to.name.startswith("step_") else None, self.before_or_after)
 
