@@ -246,7 +246,7 @@ def _page(optimizer: torch.optim.Optimizer) -> None:
     if torch.cuda.is_available(): torch.cuda.synchronize()  # the host writes to paged memory
 
 # %% ../nbs/11_checkpoint.ipynb #5c434dc5
-LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "pillow")
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "numpy", "pillow")
 
 
 def library_versions() -> dict[str, str]:

@@ -197,8 +197,8 @@ def check_config(config: "TrainConfig") -> None:
     if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels: complain("min_pixels", f"max_pixels = {config.max_pixels} or less")
     if config.seed >= 2**31: complain("seed", "a whole number from 0 to 2147483647")
     if config.sharding in ("zero2", "zero3"):
-        if config.lora_rank: complain("sharding", "none with lora_rank above 0, for an adapter's gradients are small, and the frozen weights are needed whole")
-        if config.optimizer != "adamw": complain("sharding", "none, or optimizer = 'adamw', for bitsandbytes does not know weights in parts")
+        if config.lora_rank: complain("sharding", "none with lora_rank above 0 (distributed_type: MULTI_GPU in accelerate's launch file), for an adapter's gradients are small, and the frozen weights are needed whole")
+        if config.optimizer != "adamw": complain("sharding", f"none (distributed_type: MULTI_GPU in accelerate's launch file) with optimizer = {config.optimizer!r}, for bitsandbytes does not know weights in parts; or optimizer = 'adamw'")
     if config.four_bit and not config.lora_rank: complain("four_bit", "false, or an adapter to train: lora_rank = 1 or more")
     if len(config.adam_betas) != 2 or not all(number(b) and 0 <= b < 1 for b in config.adam_betas): complain("adam_betas", "two numbers from 0 to below 1")
     for name in ("freeze_vision", "shared_prefix", "gradient_checkpointing", "four_bit", "keep_best", "evaluate_before"):
@@ -316,11 +316,11 @@ def score_rollouts(model: PreTrainedModel, # the policy, or its reference
         out[rows, :mask.shape[1]] = row_logps(model, rollouts, rows, config, features).cpu() * mask
     return out
 
-# %% ../nbs/12_train.ipynb #6443afdb
+# %% ../nbs/12_train.ipynb #b3d4a4ae
 SCHEDULES = {"constant": lambda optimizer, updates: ConstantLR(optimizer, 1.0), "linear": lambda optimizer, updates: LinearLR(optimizer, 1.0, 0.0, updates),
              "cosine": lambda optimizer, updates: CosineAnnealingLR(optimizer, updates)}
 
-
+# %% ../nbs/12_train.ipynb #b03df334
 def make_optimizer(config: TrainConfig, # its kind, rate, decay and betas
                    learns: Sequence[torch.nn.Parameter], # the weights that learn, all on one device
                    say: bool = True, # tell of a paged one that cannot page here
@@ -341,7 +341,7 @@ def make_optimizer(config: TrainConfig, # its kind, rate, decay and betas
     if say and config.optimizer == "paged_adamw_8bit" and not pages: print("emo-r3: optimizer = 'paged_adamw_8bit': there is nothing to page to from the CPU, so it is adamw_8bit, with the same numbers", file=sys.stderr)
     return kind(learns, **options)
 
-
+# %% ../nbs/12_train.ipynb #f8b9d6a2
 def run_sampler(config: TrainConfig, # says who draws
                 policy: PreTrainedModel, # whose completions
                 processor: VLProcessor, # its processor
@@ -358,7 +358,7 @@ def written_answers(config: TrainConfig) -> dict[str, float]: # temperature and 
     w = reward_weights(config)
     return {"temperature": w.judge_temperature, "top_p": w.judge_top_p} if config.reflection == "generate" else {}
 
-
+# %% ../nbs/12_train.ipynb #3dbafe94
 class Trainer:
     "What lives through a run: the policy, its optimizer, the frozen reference, and whom to ask."
     def __init__(self, config: TrainConfig, # every choice
@@ -384,7 +384,7 @@ class Trainer:
         needed = config.beta > 0 or (reflects and config.judge == "reference" and judge is None)
         self.reference = (reference(policy) if frozen is None else frozen) if needed else None
         if started and self.reference is policy: raise ValueError(f"policy: its adapter has been trained already ({started[0]} is not zero), so that with the adapter off it is not what it is now; allowed: merge it into the weights first (`merge_and_unload`), then add a fresh one")
-        how, bf16 = chosen_sharding(config.sharding), config.precision == "bf16"
+        how, bf16 = config.sharding or "none", config.precision == "bf16"
         held = self.reference if frozen is None else frozen  # a copy that evaluations alone ask lies in parts too
         copied = held is not None and held is not policy
         if copied and how != "none" and self.ranks.world > 1 and bf16:
@@ -630,7 +630,8 @@ def begin_step(trainer: Trainer, # the run's state
             if c.beta > 0:
                 with as_reference(trainer.reference) as frozen: ref_logps = score_rollouts(frozen, experience.rollouts, c, trainer.reference_pictures)
         timing["timing_s/logps"], timing["timing_s/update"] = trainer.clock() - clock, 0.0
-    return BegunStep(experience, old_logps, ref_logps, timing, [], deals, filtered | getattr(trainer.sampler, "figures", dict)())
+    said = trainer.ranks.every(getattr(trainer.sampler, "figures", dict)(), "what samplers say")
+    return BegunStep(experience, old_logps, ref_logps, timing, [], deals, filtered | {name: max(one[name] for one in said) for name in said[0]})
 
 
 def parts(trainer: Trainer, n: int) -> list[torch.Tensor]: # each (prompts_per_update / ranks,)
@@ -993,12 +994,12 @@ def load_run(folder: Path, # the run's
     trainer.scheduler.load_state_dict(state["scheduler"])
     trainer.pictures.clear()
     trainer.learned()
-    rank, there = trainer.ranks.rank, range(state["ranks"])
+    rank, there, as_many = trainer.ranks.rank, range(state["ranks"]), trainer.ranks.world == state["ranks"]
     tensors, own = read_tensors(where / f"rank_{rank if rank in there else 0}.safetensors"), read_json(where / f"rank_{rank if rank in there else 0}.json")
     progress = Progress(state["step"], None, state["before"], tuple(state["best"]) if state["best"] else None, state["skipped"], state["wall_s"], tuple(state["order"]), state["dealt"])
     if own["begun"]:
-        all_begun = [unpack_step(trainer, examples, read_tensors(where / f"rank_{r}.safetensors"), read_json(where / f"rank_{r}.json")["begun"]) for r in (there if trainer.ranks.world != state["ranks"] else [rank])]
-        progress.begun = all_begun[0] if trainer.ranks.world == state["ranks"] else redealt(trainer, all_begun)
+        all_begun = [unpack_step(trainer, examples, read_tensors(where / f"rank_{r}.safetensors"), read_json(where / f"rank_{r}.json")["begun"]) for r in ([rank] if as_many else there)]
+        progress.begun = all_begun[0] if as_many else redealt(trainer, all_begun)
     if progress.best and not (folder / "checkpoints" / progress.best[1]).is_dir(): progress.best = None  # a branch does not have it
     for name, kept in own["kept"].items():
         if hasattr(helpers.get(name), "set_kept_state"): helpers[name].set_kept_state(kept)
@@ -1050,7 +1051,7 @@ def put_together(found: Sequence[BegunStep]) -> BegunStep:
     one = lambda name: None if getattr(found[0], name) is None else torch.cat([widened(getattr(b, name), width, 0.0) for b in found])
     return replace(found[0], experience=experience, old_logps=one("old_logps"), ref_logps=one("ref_logps"), places=tuple(i for b in found for i in b.places))
 
-
+# %% ../nbs/12_train.ipynb #6cb5ffc3
 def group_tokens(experience: Experience) -> list[int]: # B
     "Returns how many tokens an update reads of each group, its prompt once."
     r = experience.rollouts
@@ -1069,10 +1070,9 @@ def balanced(trainer: Trainer, begun: BegunStep, examples: Sequence[EmotionExamp
     if not any(groups for one in leaving for groups in one.values()): return begun
     def packed(groups: list[int]) -> dict:
         tensors, plain = pack_step(take_from(begun, groups))
-        return {"tensors": {name: t.tolist() for name, t in tensors.items()}, "plain": plain}
+        return {"tensors": {name: (str(t.dtype).removeprefix("torch."), t.tolist()) for name, t in tensors.items()}, "plain": plain}
     sent = ranks.every({str(rank): packed(groups) for rank, groups in leaving[ranks.rank].items() if groups}, "swapping groups")
-    kinds = {name: t.dtype for name, t in pack_step(begun)[0].items()}
-    def unpacked(one: dict) -> BegunStep: return unpack_step(trainer, examples, {name: torch.tensor(v, dtype=kinds[name]) for name, v in one["tensors"].items()}, one["plain"])
+    def unpacked(one: dict) -> BegunStep: return unpack_step(trainer, examples, {name: torch.tensor(v, dtype=getattr(torch, kind)) for name, (kind, v) in one["tensors"].items()}, one["plain"])
     came = {r: unpacked(sent[r][str(ranks.rank)]) for r in range(ranks.world) if r != ranks.rank and leaving[r][ranks.rank]}
     mine = [take_from(begun, [i]) if owner == ranks.rank else take_from(came[owner], [leaving[owner][ranks.rank].index(i)]) for owner, i in wanted[ranks.rank]]
     return replace(put_together(mine), timing=begun.timing, filtered=begun.filtered, updates=begun.updates)
@@ -1271,16 +1271,14 @@ def train(config: TrainConfig, # every choice
     if (steps := number_of_steps(config, len(examples))) < 1: raise ValueError(f"train_size: {len(examples)} pictures were found; allowed: prompts_per_step = {config.prompts_per_step} or more")
     if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     ranks = ranks or Ranks(config.rank_timeout_s)
-    how = chosen_sharding(config.sharding)  # what cannot be is told before anything is read
-    if how != "none" and config.optimizer != "adamw": raise ValueError(f"sharding = {how!r}; allowed with optimizer = {config.optimizer!r}: none, so distributed_type: MULTI_GPU in accelerate's launch file")
-    if how != "none" and config.lora_rank: raise ValueError(f"sharding = {how!r}, as accelerate's launch file says; allowed with lora_rank above 0: none, so distributed_type: MULTI_GPU")
+    config = replace(config, sharding=chosen_sharding(config.sharding))  # what cannot be is told before anything is read
     if config.prompts_per_update % ranks.world: raise ValueError(f"prompts_per_update = {config.prompts_per_update}; allowed: a multiple of the number of processes, {ranks.world}")
     folder, helpers = Path(output_dir), {"evaluate": evaluate, "sampler": sampler, "judge": judge}
     if ranks.first:
         check_start(folder, resume)
         folder.mkdir(parents=True, exist_ok=True)
     check_trainable(policy)
-    with only_one(folder) if ranks.first else nullcontext(), StopSignals() as stop:
+    with only_one(folder) if ranks.first else nullcontext(), StopSignals() as stop, ExitStack() as made:
         found = ranks.told(str(find_start(folder, resume) or "") if ranks.first else "", "where to begin")
         start, began_as = Path(found) if found else None, weights_sha256(policy)
         for what, here in (("pictures", data_sha256(examples)), ("weights", began_as), ("configurations", plain_config(config))):
@@ -1288,6 +1286,7 @@ def train(config: TrainConfig, # every choice
         if start: check_same(state := read_state(start), start, config, examples, extras, ranks.world, began_as, accept_changes)
         set_seed(config.seed + ranks.rank)
         trainer = Trainer(config, policy, processor, sampler, judge, frozen, extras, updates=steps * config.epochs_per_step * config.prompts_per_step // config.prompts_per_update, ranks=ranks)
+        if sampler is None and hasattr(trainer.sampler, "close"): made.callback(trainer.sampler.close)  # an engine of our own
         trainer.began_as = began_as
         run = Run(folder, trainer, examples, helpers, stop, quarantined)
         if start:

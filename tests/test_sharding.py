@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -14,8 +15,9 @@ from safetensors.torch import load_file
 from test_resume import BASE
 
 from emo_r3.ranks import Ranks, even_shares
+from emo_r3.scenes import make_scenes
 from emo_r3.sharding import Spread, launched_sharding
-from emo_r3.train import make_config, plain_config
+from emo_r3.train import make_config, plain_config, train
 
 SCRIPT = Path(__file__).parent / "sharded_ranks.py"
 SAME = ("reward", "reward_std", "loss", "kl", "entropy", "grad_norm", "clip_ratio/high_mean", "clip_ratio/low_mean", "rewards/accuracy/mean", "completions/mean_length", "completions/min_length", "completions/max_length", "learning_rate")
@@ -130,10 +132,14 @@ def test_launch_files_say_what_they_are_called():
     assert asked == {"ddp": "none", "fsdp2": "zero2", "fsdp2_reshard": "zero3", "multi_node": "zero2"}
 
 
-def test_what_cannot_be_sharded_is_refused():
-    for fields, said in (({"sharding": "zero2", "lora_rank": 4}, "sharding = 'zero2'; allowed: none with lora_rank above 0"), ({"sharding": "zero3", "optimizer": "adamw_8bit"}, "sharding = 'zero3'; allowed: none, or optimizer = 'adamw'"), ({"sharding": "zero1"}, "zero2")):
+def test_what_cannot_be_sharded_is_refused(monkeypatch, tmp_path):
+    for fields, said in (({"sharding": "zero2", "lora_rank": 4}, "sharding = 'zero2'; allowed: none with lora_rank above 0"), ({"sharding": "zero3", "optimizer": "adamw_8bit"}, "sharding = 'zero3'; allowed: none (distributed_type: MULTI_GPU in accelerate's launch file) with optimizer = 'adamw_8bit'"), ({"sharding": "zero1"}, "zero2")):
         with pytest.raises(ValueError, match="sharding") as error: make_config({**plain_config(BASE), **fields})
         assert said in str(error.value)
+    for name, value in (("ACCELERATE_USE_FSDP", "true"), ("FSDP_VERSION", "2"), ("FSDP_RESHARD_AFTER_FORWARD", "false")): monkeypatch.setenv(name, value)
+    for fields in ({"lora_rank": 4}, {"optimizer": "adamw_8bit"}):  # asked for by the launch file alone, it is refused before a policy is needed
+        with pytest.raises(ValueError, match="sharding = 'zero2'; allowed: none .*MULTI_GPU"): train(replace(BASE, **fields), None, None, make_scenes("in_domain", "train", BASE.prompts_per_step, seed=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="allowed: none, zero2, zero3"): Spread(policy(), "zero4", Ranks())
 
 

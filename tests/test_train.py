@@ -2,6 +2,7 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import fields, replace
 
 import bitsandbytes
@@ -401,3 +402,23 @@ def test_too_few_pictures_or_a_bad_folder_end_before_any_work(processor, example
     (tmp_path / "file").touch()
     with pytest.raises((OSError, ValueError)): train(SMALL, load_policy(), processor, examples, tmp_path / "file" / "run")
     assert not (tmp_path / "a").exists()
+
+
+class Engine(PolicySampler):
+    "One that holds something until it is closed."
+    closed = 0
+
+    def close(self): self.closed += 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_sampler_is_closed_by_whoever_made_it(monkeypatch, tmp_path, processor, examples, fails):
+    made, config, policy = [], replace(SMALL, max_steps=1), load_policy()
+    monkeypatch.setattr(emo_r3.train, "run_sampler", lambda config, policy, processor, *rest: made.append(Engine(policy, processor)) or made[0])
+    if fails: monkeypatch.setattr(emo_r3.train, "begin_step", lambda *given, **named: 1 / 0)
+    with pytest.raises(ZeroDivisionError) if fails else nullcontext(): train(config, policy, processor, examples, tmp_path / "own")
+    assert [one.closed for one in made] == [1]
+    if fails: return
+    given = Engine(policy := load_policy(), processor)
+    train(config, policy, processor, examples, tmp_path / "given", sampler=given)
+    assert given.closed == 0 and len(made) == 1
