@@ -384,7 +384,7 @@ class Trainer:
         needed = config.beta > 0 or (reflects and config.judge == "reference" and judge is None)
         self.reference = (reference(policy) if frozen is None else frozen) if needed else None
         if started and self.reference is policy: raise ValueError(f"policy: its adapter has been trained already ({started[0]} is not zero), so that with the adapter off it is not what it is now; allowed: merge it into the weights first (`merge_and_unload`), then add a fresh one")
-        how, bf16 = config.sharding or "none", config.precision == "bf16"
+        how, bf16 = chosen_sharding(config.sharding), config.precision == "bf16"
         held = self.reference if frozen is None else frozen  # a copy that evaluations alone ask lies in parts too
         copied = held is not None and held is not policy
         if copied and how != "none" and self.ranks.world > 1 and bf16:
@@ -1271,7 +1271,7 @@ def train(config: TrainConfig, # every choice
     if (steps := number_of_steps(config, len(examples))) < 1: raise ValueError(f"train_size: {len(examples)} pictures were found; allowed: prompts_per_step = {config.prompts_per_step} or more")
     if absent := sorted(set(config.trackers) - {str(t) for t in get_available_trackers()}): raise ValueError(f"trackers: {absent[0]!r} is not installed here; allowed: {', '.join(map(str, get_available_trackers()))}")
     ranks = ranks or Ranks(config.rank_timeout_s)
-    config = replace(config, sharding=chosen_sharding(config.sharding))  # what cannot be is told before anything is read
+    replace(config, sharding=chosen_sharding(config.sharding))  # what the launch file asks for and cannot be is told before anything is read
     if config.prompts_per_update % ranks.world: raise ValueError(f"prompts_per_update = {config.prompts_per_update}; allowed: a multiple of the number of processes, {ranks.world}")
     folder, helpers = Path(output_dir), {"evaluate": evaluate, "sampler": sampler, "judge": judge}
     if ranks.first:
