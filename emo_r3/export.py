@@ -27,6 +27,7 @@ from .prompts import PromptTemplates, method_messages
 from .sampling import PolicySampler
 from .scenes import make_scenes
 from .train import TrainConfig, make_config
+from .vllm_sampler import LORA_RANKS
 
 if TYPE_CHECKING: from peft import PeftModel
 
@@ -161,7 +162,8 @@ def write_processor(processor: VLProcessor, # a policy's
     file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}, indent=2), encoding="utf-8")
 
 # %% ../nbs/14c_export.ipynb #8bd4cf4d
-def _name(path: str) -> str: return printable(Path(path).name if Path(path).is_dir() or path.count("/") > 1 or path.startswith((".", "/", "~")) else path)  # a hub id, or the last part of a path
+def _local(path: str) -> bool: return Path(path).is_dir() or path.count("/") > 1 or path.startswith((".", "/", "~")) or "\\" in path  # a place on this machine, and no hub id
+def _name(path: str) -> str: return printable(Path(path).name if _local(path) else path)  # a hub id, or the last part of a path
 def _line(value: object) -> str: return printable(str(value)).replace("|", "\\|")  # what a run's files say stays within its line, and its column
 
 
@@ -193,7 +195,7 @@ def training_lines(source: Source) -> list[str]:
     if c is None: return ["This folder was exported from a policy alone; its run is not known."]
     learns = f"a LoRA of rank {c.lora_rank}, alpha {c.lora_alpha:g}" + (", on NF4 weights (double quantised)" if c.four_bit else "") if c.lora_rank else "all weights" + (" but the vision tower's" if c.freeze_vision else "")
     ended = s.get("ended") or {}
-    facts = {"recipe": s.get("recipe") or None, "method": f"{c.method}, preset {c.preset}", "base": _name(c.policy), "what learned": learns, "data": f"{c.data_format or _name(c.data)}, label set {c.label_set}, at most {c.train_size:,} pictures",
+    facts = {"recipe": _name(str(s["recipe"])) if s.get("recipe") else None, "method": f"{c.method}, preset {c.preset}", "base": _name(c.policy), "what learned": learns, "data": f"{c.data_format or _name(c.data)}, label set {c.label_set}, at most {c.train_size:,} pictures",
              "steps": f"{source.step} of {c.prompts_per_step} pictures with {c.num_generations} completion{'s' if c.num_generations > 1 else ''} each", "optimizer": f"{c.optimizer}, rate {c.learning_rate:g} ({c.lr_schedule}), KL weight {c.beta:g}", "precision": c.precision, "seed": c.seed,
              "time": f"{s['wall_s'] / 3600:.2f} hours" if s.get("wall_s") else None, "weights chosen": f"{s['reported']['checkpoint']}, the best on validation pictures" if s.get("reported") else None,
              "ended early": f"the filter kept too few groups ({ended['why']} after step {ended['step']}" + "".join(f", {100 * ended[k]:.0f} % {k.replace('_', ' ')}" for k in ("kept", "all_right", "all_wrong") if k in ended) + ")" if ended else None}
@@ -206,18 +208,16 @@ def prompt_text_of(config: TrainConfig) -> str:
     return "\n".join(item["text"] for item in asked[0]["content"] if item["type"] == "text")
 
 # %% ../nbs/14c_export.ipynb #a90c7609
-_SERVED_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that vLLM has room for; 16 unless it is told
-
-
 def _use_lines(kind: str, base: str, four_bit: bool, rank: int, longest: int) -> list[str]:
     held = ', quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16", llm_int8_skip_modules=["model.visual", "lm_head"])' if four_bit else ', dtype="auto"'
     load = (["from peft import PeftModel", f"base = AutoModelForImageTextToText.from_pretrained({base!r}{held})", 'model = PeftModel.from_pretrained(base, "THIS_FOLDER")'] if kind == "adapter"
             else ['model = AutoModelForImageTextToText.from_pretrained("THIS_FOLDER", dtype="auto")'])
-    serve = f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {next((r for r in _SERVED_RANKS if r >= rank), rank)} --lora-modules emotions=THIS_FOLDER" if kind == "adapter" else "vllm serve THIS_FOLDER"
+    room = next((r for r in LORA_RANKS if r >= max(rank, 16)), None)  # 16 is what it has unless it is told
+    serve = "vllm serve THIS_FOLDER" if kind != "adapter" else f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {room} --lora-modules emotions=THIS_FOLDER" if room else ""
     return ["```python", f"from transformers import AutoModelForImageTextToText, AutoProcessor{', BitsAndBytesConfig' if kind == 'adapter' and four_bit else ''}", *load, 'processor = AutoProcessor.from_pretrained("THIS_FOLDER")  # needs torchvision',
             'chat = [{"role": "user", "content": [{"type": "image", "image": "picture.jpg"}, {"type": "text", "text": PROMPT}]}]  # PROMPT: the text above',
             'inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt").to(model.device)',
-            f"answer = model.generate(**inputs, max_new_tokens={longest}, do_sample=False)", 'print(processor.decode(answer[0, inputs["input_ids"].shape[1]:]))', "```", "", f"With vLLM: `{serve}`" + (" (its full-precision base is not the four-bit one that was trained on; see below)" if kind == "adapter" and four_bit else "")]
+            f"answer = model.generate(**inputs, max_new_tokens={longest}, do_sample=False)", 'print(processor.decode(answer[0, inputs["input_ids"].shape[1]:]))', "```", "", (f"With vLLM: `{serve}`" if serve else f"vLLM has no room for an adapter of rank {rank} (at most {LORA_RANKS[-1]}): merge it into its base first") + (" (its full-precision base is not the four-bit one that was trained on; see below)" if kind == "adapter" and four_bit else "")]
 
 
 def model_card(source: Source,
@@ -253,8 +253,9 @@ class Export:
     kind: str  # "weights" or "adapter"
     size: int  # bytes
     checks: Mapping[str, Difference]
+    note: str = ""  # what whoever passes it on should know
 
-    def __str__(self) -> str: return "\n".join([f"{self.folder}: {'an adapter' if self.kind == 'adapter' else 'all weights'}, {self.size / 1e6:,.1f} MB", *(f"  {name}: {d}" for name, d in self.checks.items())])
+    def __str__(self) -> str: return "\n".join([f"{self.folder}: {'an adapter' if self.kind == 'adapter' else 'all weights'}, {self.size / 1e6:,.1f} MB", *(f"  {name}: {d}" for name, d in self.checks.items()), *([f"  {self.note}"] if self.note else [])])
 
 
 def check_output(output: str | Path) -> Path:
@@ -281,6 +282,7 @@ def check_request(policy: Path, # the folder of a policy
     if dtype and called and not merge: raise ValueError(f"dtype = {dtype!r}: an adapter is kept as it is; allowed: together with merge, or for full weights")
     if base and (merge or not called): raise ValueError(f"base = {base!r}: there will be no adapter in the folder; allowed: for an adapter that is kept")
     if called and not merge and (base or called) == "embedded": raise ValueError(f"source {policy}: an adapter on 'embedded', a base that only emo_r3 knows by this name; allowed: --merge, or --base with a hub id or a folder")
+    if called and not merge and not base and _local(called): raise ValueError(f"source {policy}: an adapter on {called!r}, a folder of this machine, which the exported one would name; allowed: --base with the hub id that others know it by, such as Qwen/Qwen2.5-VL-3B-Instruct (or with a folder, for an adapter that stays here), or --merge")
 
 # %% ../nbs/14c_export.ipynb #e8eeb939
 def _held(found: Source) -> str:
@@ -335,4 +337,4 @@ def export_policy(source: str | Path, # a run's folder, a checkpoint's, or a pol
         card = model_card(found, "adapter" if keeps else "weights", base or called or (c.policy if c else "Qwen2.5-VL"), merge, four_bit, "float32" if keeps else dtype or held, checks, json.loads((found.policy / "adapter_config.json").read_text(encoding="utf-8"))["r"] if keeps else 0)
         (staging / "README.md").write_text(card, encoding="utf-8")
         size = sum(p.stat().st_size for p in staging.rglob("*") if p.is_file())
-    return Export(target, "adapter" if keeps else "weights", size, checks)
+    return Export(target, "adapter" if keeps else "weights", size, checks, f"adapter_config.json calls the base {base!r}, a folder: before you pass it on, export with --base and a hub id" if keeps and base and _local(base) else "")

@@ -8,11 +8,8 @@ __all__ = ['METHODS', 'PARTS', 'KEY_VARIABLE', 'REWARD_NAME', 'REWARD_TYPE', 'Em
            'verl_scores', 'verl_score', 'compute_score', 'easyr1_rows', 'verl_rows', 'write_parquet']
 
 # %% ../nbs/17_interop.ipynb #523d1ebf
-import base64
 import functools
 import hashlib
-import http.client
-import io
 import json
 import math
 import os
@@ -20,9 +17,6 @@ import re
 import reprlib
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,6 +30,7 @@ import emo_r3.parsing as parsing
 import emo_r3.prompts as prompting
 import emo_r3.reflection as reflecting
 import emo_r3.rewards as rewarding
+import emo_r3.wire as wire
 
 # %% ../nbs/17_interop.ipynb #483e65a9
 METHODS = ("emo_r3", "set", "grpo")  # what can be scored; supervised learning has no reward
@@ -297,13 +292,6 @@ def _plain(text: str) -> str:
     return _MARKERS.sub("<\u200b", text)
 
 
-def _data_url(picture: Image.Image) -> str:
-    "The picture as a PNG, pixel by pixel the same, in the form that a request can carry."
-    held = io.BytesIO()
-    picture.save(held, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-
-
 def _wire(messages: prompting.Messages, urls: Mapping[int, str]) -> list[dict]:
     "Messages as OpenAI's interface takes them."
     part = lambda p: {"type": "image_url", "image_url": {"url": urls[id(p["image"])]}} if p["type"] == "image" else {"type": "text", "text": _plain(p["text"])}
@@ -313,7 +301,7 @@ def _wire(messages: prompting.Messages, urls: Mapping[int, str]) -> list[dict]:
 def _on_the_wire(messages: Sequence[prompting.Messages]) -> list[list[dict]]:
     "All questions likewise, each picture encoded once."
     shown = {id(p["image"]): p["image"] for m in messages for turn in m for p in turn["content"] if p["type"] == "image"}
-    urls = {key: _data_url(picture) for key, picture in shown.items()}
+    urls = {key: wire.data_url(picture) for key, picture in shown.items()}
     return [_wire(m, urls) for m in messages]
 
 # %% ../nbs/17_interop.ipynb #6261c395
@@ -350,62 +338,24 @@ def _scored_row(came: Mapping, where: str) -> tuple[list[int], list[float]]:
         raise JudgeError(f"{where}: prompt_logprobs and prompt_token_ids cannot be read ({type(error).__name__}: {error}); allowed: vLLM, which answers with them, or judge_scores = 'top'") from error
 
 # %% ../nbs/17_interop.ipynb #7c315daa
-_LARGEST = 2**26  # bytes of one answer
-_PASSING = (408, 429, 500, 502, 503, 504)  # of a server that is busy, or comes back
 KEY_VARIABLE = "EMO_R3_JUDGE_API_KEY"  # of the environment, for servers that ask for a key
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_): return None
-
-
-def _opener(url: str) -> urllib.request.OpenerDirector:
-    "What opens addresses: no redirections, and no proxy before a server on this machine."
-    local = urllib.parse.urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    return urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
-
-
-def _read_all(answer: Any, end: float) -> bytes:
-    "The whole answer, if it is there in time."
-    held = bytearray()
-    while part := answer.read1(2**16):
-        held += part
-        if time.monotonic() > end: raise TimeoutError
-        if len(held) > _LARGEST: raise JudgeError(f"the answer has more than {_LARGEST:,} bytes")
-    return bytes(held)
-
-# %% ../nbs/17_interop.ipynb #bb175cde
-def _failure(error: Exception, timeout_s: float) -> tuple[str, bool]:
-    "What went wrong with a request, in words, and whether another try may help."
-    if isinstance(error, urllib.error.HTTPError):
-        try: said = data.printable(" ".join(error.read(2000).decode("utf-8", "replace").split())[:300])
-        except (OSError, http.client.HTTPException): said = ""  # the status alone, then
-        hint = "; does the address end in /v1?" if error.code == 404 and "/v1/" not in error.url else f"; the key is read from {KEY_VARIABLE}" if error.code in (401, 403) else ""
-        return f"answered {error.code} {error.reason}: {said or 'nothing more'}{hint}", error.code in _PASSING
-    reason = getattr(error, "reason", error)
-    if isinstance(error, TimeoutError) or isinstance(reason, TimeoutError): return f"no answer within judge_timeout_s = {timeout_s:g}", True
-    return f"cannot be reached ({type(reason).__name__}: {reason})", True
-
-# %% ../nbs/17_interop.ipynb #58eddcc6
 class _Server:
     "A server that speaks OpenAI's chat interface."
     def __init__(self, url: str, model: str | None, timeout_s: float, retries: int, pause_s: float):
-        self.url, self.timeout_s, self.retries, self.pause_s = url.rstrip("/").removesuffix("/chat/completions"), timeout_s, retries, pause_s
-        self._model, self._finding, self._opener = model, threading.Lock(), _opener(url)
+        self.wire, self.retries, self.pause_s = wire.Server(url.rstrip("/").removesuffix("/chat/completions"), timeout_s, limit="judge_timeout_s"), retries, pause_s
+        self.url, self._model, self._finding = self.wire.url, model, threading.Lock()
 
     def _once(self, path: str, body: Mapping | None) -> Any:
         "What is answered to one request. Raises JudgeError."
-        where, key, end = f"judge at {self.url}{path}", os.environ.get(KEY_VARIABLE), time.monotonic() + self.timeout_s
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), headers)
-        try:
-            with self._opener.open(request, timeout=self.timeout_s) as answer: came = _read_all(answer, end)
-        except (OSError, http.client.HTTPException) as error:  # refusals of every kind and time-outs are OSErrors
-            said, passing = _failure(error, self.timeout_s)
-            raise JudgeError(f"{where}: {said}", passing) from error
-        except JudgeError as error: raise JudgeError(f"{where}: {error}") from error
+        where, key = f"judge at {self.url}{path}", os.environ.get(KEY_VARIABLE)
+        try: came = self.wire.ask(path, body, {"Authorization": f"Bearer {key}"} if key else None)
+        except wire.NoAnswer as error:
+            hint = "; does the address end in /v1?" if error.status == 404 and "/v1/" not in self.url + path else f"; the key is read from {KEY_VARIABLE}" if error.status in (401, 403) else ""
+            raise JudgeError(f"{where}: {error}{hint}", error.passing) from error
         try: return json.loads(came)
-        except ValueError as error: raise JudgeError(f"{where}: the answer is not JSON: {reprlib.repr(came)}") from error
+        except (ValueError, RecursionError) as error: raise JudgeError(f"{where}: the answer is not JSON: {reprlib.repr(came)}") from error
 
     def request(self, path: str, body: Mapping | None = None) -> Any:
         "The same, with further tries where they may help."
@@ -427,7 +377,7 @@ class _Chats(_Server):
                 came = self.request("/models")
                 try: names = [str(entry["id"]) for entry in came["data"]]
                 except (KeyError, TypeError) as error: raise JudgeError(f"judge at {self.url}/models: got {reprlib.repr(came)}; expected a list of models; say which: judge_model") from error
-                if len(names) != 1: raise JudgeError(f"judge at {self.url}: serves {len(names)} models ({', '.join(names) or 'none'}); say which: judge_model")
+                if len(names) != 1: raise JudgeError(f"judge at {self.url}: serves {len(names)} models ({wire.in_a_line(', '.join(names)) or 'none'}); say which: judge_model")
                 self._model = names[0]
             return self._model
 
@@ -461,8 +411,7 @@ def _ask_text(server: _Chats, question: list[dict], **how: Any) -> str:
 # %% ../nbs/17_interop.ipynb #2c5d1ccc
 def _check_judge(url: object, scores: object, timeout_s: object, **counts: tuple[object, int]) -> None:
     "Raises ValueError for the first option that cannot work."
-    parts = urllib.parse.urlsplit(url) if isinstance(url, str) else None
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname: raise ValueError(f"judge_url: got {url!r}; allowed: an address such as 'http://judge:8000/v1'")
+    if not wire.is_address(url): raise ValueError(f"judge_url: got {url!r}; allowed: an address such as 'http://judge:8000/v1'")
     data.check_choice("judge_scores", scores, ("top", "prompt"))
     rewarding.check_timeout("judge_timeout_s", timeout_s)
     if timeout_s is None: raise ValueError("judge_timeout_s: got None; allowed: a number of seconds above 0, for a server may never answer")
@@ -597,6 +546,13 @@ def _with_mark(example: data.EmotionExample, method: str, templates: prompting.P
         if mark in text: raise data.DataError(f"example {example.id!r}: its prompt holds {mark!r}, where EasyR1 and verl would look for a file; allowed: a prompt without it")
     return "<image>" + text
 
+
+def _with_pictures(examples: Iterable[data.EmotionExample], folder: str | Path) -> Iterator[tuple[data.EmotionExample, Path]]:
+    "Each example and where its picture now lies."
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return ((x, _stored(x, folder)) for x in examples)
+
 # %% ../nbs/17_interop.ipynb #b293379a
 def easyr1_rows(examples: Iterable[data.EmotionExample],  # what to train on
                 folder: str | Path,  # for the pictures; every node must see it
@@ -604,10 +560,7 @@ def easyr1_rows(examples: Iterable[data.EmotionExample],  # what to train on
                 templates: prompting.PromptTemplates = prompting.DEFAULT_TEMPLATES,
                ) -> list[dict[str, Any]]:
     "Rows with EasyR1's default columns problem, answer and images; writes the pictures. Raises as `load_image` does."
-    folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = ((x, _stored(x, folder)) for x in examples)
-    return [{"problem": _with_mark(x, method, templates), "answer": ground_truth(x, path), "images": [str(path)]} for x, path in stored]
+    return [{"problem": _with_mark(x, method, templates), "answer": ground_truth(x, path), "images": [str(path)]} for x, path in _with_pictures(examples, folder)]
 
 
 def verl_rows(examples: Iterable[data.EmotionExample],  # what to train on
@@ -617,11 +570,8 @@ def verl_rows(examples: Iterable[data.EmotionExample],  # what to train on
               templates: prompting.PromptTemplates = prompting.DEFAULT_TEMPLATES,
              ) -> list[dict[str, Any]]:
     "Rows with verl's columns data_source, prompt, images, ability, reward_model and extra_info; writes the pictures. Raises as `load_image` does."
-    folder = Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = ((i, x, _stored(x, folder)) for i, x in enumerate(examples))
     return [{"data_source": x.domain or "emo_r3", "prompt": [{"role": "user", "content": _with_mark(x, method, templates)}], "images": [{"image": str(path)}], "ability": "emotion",
-             "reward_model": {"style": "rule", "ground_truth": ground_truth(x, path)}, "extra_info": {"index": i, "split": split, "id": x.id}} for i, x, path in stored]
+             "reward_model": {"style": "rule", "ground_truth": ground_truth(x, path)}, "extra_info": {"index": i, "split": split, "id": x.id}} for i, (x, path) in enumerate(_with_pictures(examples, folder))]
 
 # %% ../nbs/17_interop.ipynb #a0e41809
 def write_parquet(rows: Sequence[Mapping],  # from `easyr1_rows` or `verl_rows`

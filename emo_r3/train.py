@@ -6,15 +6,16 @@
 __all__ = ['CHOICES', 'AT_LEAST', 'TRACKERS', 'POSITIVE', 'AT_REST', 'SCHEDULES', 'PEAK_TFLOPS', 'UNTOUCHED', 'Evaluation',
            'STATE', 'FIXED', 'FREE', 'knob', 'TrainConfig', 'check_config', 'check_method', 'reward_weights',
            'loss_options', 'make_config', 'score_completions', 'Experience', 'pieces', 'row_logps', 'score_rollouts',
-           'make_optimizer', 'run_sampler', 'written_answers', 'Trainer', 'update', 'asked', 'to_advantages',
-           'given_answers', 'collect', 'Depleted', 'take_groups', 'join', 'widened', 'group_means', 'collect_live',
-           'BegunStep', 'begin_step', 'parts', 'make_updates', 'train_step', 'completion_figures', 'experience_metrics',
-           'peak_tflops', 'update_flops', 'step_metrics', 'throughput', 'epoch_order', 'place_of_step', 'step_seed',
-           'rank_share', 'number_of_steps', 'group_record', 'write_sample', 'check_run_folder', 'plain_config',
-           'write_config', 'append_metrics', 'eval_metrics', 'Progress', 'pack_step', 'unpack_step', 'Moment',
-           'data_sha256', 'save_run', 'save_rank', 'whole_weights', 'save_common', 'read_state', 'check_same',
-           'load_run', 'check_start', 'find_start', 'take_from', 'put_together', 'group_tokens', 'balanced', 'redealt',
-           'write_skipped', 'validation_accuracy', 'Run', 'open_trackers', 'train']
+           'make_optimizer', 'run_sampler', 'correction_cap', 'written_answers', 'Trainer', 'update', 'asked',
+           'to_advantages', 'given_answers', 'collect', 'Depleted', 'take_groups', 'join', 'widened', 'group_means',
+           'collect_live', 'BegunStep', 'begin_step', 'parts', 'make_updates', 'train_step', 'completion_figures',
+           'experience_metrics', 'peak_tflops', 'update_flops', 'step_metrics', 'throughput', 'epoch_order',
+           'place_of_step', 'step_seed', 'rank_share', 'number_of_steps', 'group_record', 'write_sample',
+           'check_run_folder', 'plain_config', 'write_config', 'append_metrics', 'eval_metrics', 'Progress',
+           'pack_step', 'unpack_step', 'Moment', 'data_sha256', 'save_run', 'save_rank', 'whole_weights', 'save_common',
+           'read_state', 'check_same', 'load_run', 'check_start', 'find_start', 'take_from', 'put_together',
+           'group_tokens', 'balanced', 'redealt', 'write_skipped', 'validation_accuracy', 'Run', 'open_trackers',
+           'train']
 
 # %% ../nbs/12_train.ipynb #4d876a5b
 import hashlib
@@ -129,7 +130,7 @@ class TrainConfig:
     # -- the loss
     loss_type: str | None = knob(None, "a loss by TRL's name, which decides ratio, average and clip: grpo, dapo, bnpo, dr_grpo, gspo (its paper's epsilons are 3e-4 and 4e-4) or cispo; null: those three as they stand", "ours")
     advantage: str = knob("group", "how rewards become advantages: group (mean and standard deviation of the group), mean (its mean alone), gdpo (each reward by itself first)", "paper, Sec. 3.1; Dr. GRPO; GDPO")
-    tis_cap: float | None = knob(None, "each token's loss is weighted by trainer / sampler probability, at most this; null: off, as our sampler is the policy", "truncated importance sampling")
+    tis_cap: float | None = knob(None, "each token's loss is weighted by trainer / sampler probability, at most this; null: 2 where somebody else than the policy draws, such as an engine; 0: off", "truncated importance sampling")
     tis_level: str = knob("token", "that weight is of each token, or of the whole sequence", "TRL")
     beta: float = knob(1e-2, "weight of the KL penalty to the reference; 0 leaves the reference out", "released code")
     kl: str = knob("k3", "KL estimator: k1, k2 or k3", "released code (low_var_kl)")
@@ -190,7 +191,7 @@ def check_config(config: "TrainConfig") -> None:
     for name in ("filter_low", "filter_high"):
         if not number(getattr(config, name)): complain(name, "a number")
     if config.filter_low >= config.filter_high: complain("filter_low", f"less than filter_high = {config.filter_high}")
-    if config.tis_cap is not None and (not number(config.tis_cap) or config.tis_cap <= 0): complain("tis_cap", "a number above 0, or null")
+    if config.tis_cap is not None and (not number(config.tis_cap) or config.tis_cap < 0): complain("tis_cap", "a number above 0, 0 (off), or null")
     if config.delta is not None and (not number(config.delta) or config.delta <= 1): complain("delta", "a number above 1, or null")
     if config.prompts_per_step % config.prompts_per_update: complain("prompts_per_update", f"a divisor of prompts_per_step = {config.prompts_per_step}")
     if config.train_size < config.prompts_per_step: complain("train_size", f"prompts_per_step = {config.prompts_per_step} or more, as a last partial batch is dropped")
@@ -207,7 +208,7 @@ def check_config(config: "TrainConfig") -> None:
         if not isinstance(getattr(config, name), Mapping): complain(name, f"a mapping from {what}")
     if config.data_format and config.label_set != format_labels(config.data_format).name: complain("label_set", f"{format_labels(config.data_format).name}, with data_format = {config.data_format}")
     if config.report == "best" and not (config.eval_every and config.save_every and config.keep_best): complain("report", "last, or best with eval_every and save_every above 0 and keep_best = true")
-    check_engine(config.sampler, config.vllm, bool(config.lora_rank))
+    check_engine(config.sampler, config.vllm, config.lora_rank)
     if config.sampler != "policy": check_temperature(config.temperature)
     check_method(config)
     reward_weights(config), PromptTemplates.from_dict(config.templates)
@@ -353,6 +354,12 @@ def run_sampler(config: TrainConfig, # says who draws
     return make_sampler(config.sampler, config.vllm, policy, processor, ranks, **written_answers(config))
 
 
+def correction_cap(config: TrainConfig, sampler: Sampler) -> float | None:
+    "Returns at most how much a token's loss is weighted by trainer / sampler probability; None: it is not weighted."
+    if config.tis_cap is None: return None if isinstance(sampler, PolicySampler) else 2.0
+    return config.tis_cap or None
+
+
 def written_answers(config: TrainConfig) -> dict[str, float]: # temperature and top_p of a judge
     "Returns how a judge's written answers are drawn, as the preset says; nothing where none are written."
     w = reward_weights(config)
@@ -435,7 +442,7 @@ def update(trainer: Trainer, # holds policy and optimizer
           ) -> dict[str, float]:
     "Takes one optimizer step on a part of the rollouts of every rank; returns its metrics. Raises FloatingPointError, weights untouched, if loss or gradient is not finite. (Eq. 1)"
     c, ranks, spread, rollouts, metrics, gap = trainer.config, trainer.ranks, trainer.spread, experience.rollouts, {"loss": 0.0}, 0.0
-    options = loss_options(c)
+    options, cap = loss_options(c), correction_cap(c, trainer.sampler)
     all_tokens = rollouts.completion_mask.view(len(experience.examples), -1)[pictures].view(-1, rollouts.completion_mask.shape[1])  # (n, T)
     counted = loss_normalizer(all_tokens, options["average"])
     if ref_logps is None: pictures = pictures[(experience.advantages[pictures] != 0).any(1)]  # equal rewards: no gradient without a KL penalty
@@ -455,7 +462,7 @@ def update(trainer: Trainer, # holds policy and optimizer
             if c.method == "sft": loss, parts = -(token_weights(mask.bool(), options["average"], c.max_completion_tokens, normalizer).to(logps.dtype) * logps.masked_fill(mask == 0, 0.0)).sum(), {}
             else: loss, parts = grpo_loss(logps, logps if old_logps is None else old, cut(experience.advantages.flatten()[:, None])[:, 0], mask, ref_logps=None if ref_logps is None else cut(ref_logps),
                                           beta=c.beta, epsilon_low=c.epsilon_low, epsilon_high=c.epsilon_high, max_tokens=c.max_completion_tokens, normalizer=normalizer, kl=c.kl,
-                                          importance=None if c.tis_cap is None else sampler_correction(old, sampled, mask.bool(), c.tis_cap, c.tis_level), **options)
+                                          importance=None if cap is None else sampler_correction(old, sampled, mask.bool(), cap, c.tis_level), **options)
             (loss * weight).backward()
             if not weight: continue
             parts |= {"loss": loss.detach(), "entropy": (entropy * mask).sum() / tokens}
@@ -626,7 +633,7 @@ def begin_step(trainer: Trainer, # the run's state
             experience = replace(experience, advantages=batch_normalize(experience.advantages, everyone, trainer.weights.std, trainer.weights.eps) * alive)
         clock, old_logps, ref_logps = trainer.clock(), None, None
         with trainer.whole(), trainer.autocast():
-            if c.method != "sft" and (len(parts(trainer, len(examples))) > 1 or c.tis_cap is not None): old_logps = score_rollouts(trainer.policy, experience.rollouts, c, trainer.pictures)
+            if c.method != "sft" and len(parts(trainer, len(examples))) > 1: old_logps = score_rollouts(trainer.policy, experience.rollouts, c, trainer.pictures)
             if c.beta > 0:
                 with as_reference(trainer.reference) as frozen: ref_logps = score_rollouts(frozen, experience.rollouts, c, trainer.reference_pictures)
         timing["timing_s/logps"], timing["timing_s/update"] = trainer.clock() - clock, 0.0

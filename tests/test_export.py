@@ -242,6 +242,33 @@ def test_weights_held_in_half_precision_are_written_so(runs, tmp_path):
     assert load_policy(half.folder, "bfloat16").device.type == "cpu"
 
 
+def on_a_folder(runs, base, tmp_path):
+    "A policy's folder whose adapter was trained on a folder of this machine."
+    from shutil import copytree
+    policy = copytree(runs("lora") / "policy", tmp_path / "trained")
+    said = json.loads((policy / "adapter_config.json").read_text())
+    (policy / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": str(base)}))
+    return policy
+
+
+def test_a_folder_of_this_machine_is_not_handed_on(runs, tmp_path, base, monkeypatch, capsys):
+    "Neither as the base of an adapter, however the folder is written, nor in what is merged."
+    policy, out = on_a_folder(runs, base, tmp_path), tmp_path / "out"
+    monkeypatch.chdir(base.parent)
+    for called in (str(base), f"./{base.name}", base.name, f"../{base.parent.name}/{base.name}"):
+        export._call_base(policy, called)
+        with pytest.raises(ValueError, match=r"an adapter on .*, a folder of this machine, which the exported one would name; allowed: --base with the hub id .*, or --merge"): export_policy(policy, out)
+        assert not out.exists()
+    export._call_base(policy, str(base))
+    made = export_policy(policy, out, base="someone/Small-VL")
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/Small-VL" and made.note == "" and made.checks["this folder"].largest < 1e-5
+    made = export_policy(policy, tmp_path / "merged", merge="full")
+    for folder in (out, tmp_path / "merged"):
+        nothing_of(base.parent, folder), nothing_of(tmp_path, folder), nothing_of(export.__file__.rpartition("/")[0], folder)
+    assert main(["export", str(policy), "--output", str(tmp_path / "here"), "--base", str(base)]) == 0
+    assert f"adapter_config.json calls the base {str(base)!r}, a folder: before you pass it on" in capsys.readouterr().out
+
+
 # ---- what is refused
 
 @pytest.mark.parametrize("kind, options, says", [
@@ -318,3 +345,11 @@ def test_a_card_stays_a_card_whatever_a_run_s_files_say():
 def test_an_exported_adapter_is_served_with_room_for_its_rank():
     card = model_card(Source(Path("p"), None, {}, 3, {}, None, {"torch": "1"}), "adapter", "Qwen/Qwen2.5-VL-3B-Instruct", None, False, "float32", {}, 64)
     assert "vllm serve Qwen/Qwen2.5-VL-3B-Instruct --enable-lora --max-lora-rank 64 --lora-modules" in card
+    card = lambda rank: model_card(Source(Path("p"), None, {"recipe": "/home/me/recipes/mine.yaml"}, 3, {}, None, {"torch": "1"}), "adapter", "Qwen/Qwen2.5-VL-3B-Instruct", None, False, "float32", {}, rank)
+    assert "--max-lora-rank 16 " in card(4) and "--max-lora-rank 320 " in card(257)
+    assert "vllm serve" not in card(600) and "vLLM has no room for an adapter of rank 600 (at most 512): merge it" in card(600)
+
+
+def test_a_recipe_of_one_s_own_is_called_by_its_name_alone():
+    source = lambda recipe: Source(Path("p"), SMALL, {"recipe": recipe}, 3)
+    assert "recipe: mine.yaml" in export.training_lines(source("/home/me/recipes/mine.yaml"))[0] and "recipe: scenes_cpu" in export.training_lines(source("scenes_cpu"))[0]

@@ -81,7 +81,7 @@ def test_supervised_answers_are_learned_and_nothing_is_sampled(examples, tmp_pat
     (dict(method="sft", num_generations=1, beta=0, filter_key="overall"), "filter_key = 'overall'"), (dict(method="sft", num_generations=1, beta=0, advantage="gdpo"), "advantage = 'gdpo'"), (dict(num_generations=1), "num_generations = 1; allowed: a whole number, 2 or more"),
     (dict(method="sft", num_generations=1, beta=0, temperature=0.5), "temperature = 0.5; allowed with method = 'sft': 1"), (dict(method="sft", num_generations=1, beta=0, tis_cap=2.0), "tis_cap = 2.0; allowed with method = 'sft': null"),
     (dict(loss_type="grpo", average="constant"), "average = 'constant' beside loss_type = 'grpo'"), (dict(loss_type="dapo", clip="cispo"), "clip = 'cispo' beside loss_type"), (dict(data_seed=-1), "data_seed = -1"),
-    (dict(filter_low=1.0), "filter_low = 1.0; allowed: less than filter_high = 0.99"), (dict(filter_high="1"), "filter_high = '1'"), (dict(max_refills=0), "max_refills = 0"), (dict(tis_cap=0), "tis_cap = 0"), (dict(loss_type="grop"), "did you mean 'grpo'"),
+    (dict(filter_low=1.0), "filter_low = 1.0; allowed: less than filter_high = 0.99"), (dict(filter_high="1"), "filter_high = '1'"), (dict(max_refills=0), "max_refills = 0"), (dict(tis_cap=-1), "tis_cap = -1"), (dict(loss_type="grop"), "did you mean 'grpo'"),
     (dict(report="best", eval_every=0), "report = 'best'"), (dict(report="best", save_every=0), "report = 'best'"), (dict(data_format="emosett"), "did you mean 'emoset'"), (dict(advantage="z"), "allowed: group, mean, gdpo"), (dict(filter_key="acc"), "allowed: none, overall, accuracy"),
     (dict(eval_sets=["x"]), "eval_sets = "), (dict(evaluate_before="no"), "evaluate_before = 'no'"), (dict(clip="tis"), "allowed: ppo, cispo")])
 def test_what_does_not_go_together(values, says):
@@ -224,6 +224,7 @@ def test_weights_of_a_sampler_that_is_the_policy_change_nothing(examples):
         update(trainer, collect(trainer, examples[:4], 5, {}), torch.arange(4), None, None)
         return grads(trainer)
     plain = gradient()
+    assert torch.equal(plain, gradient(tis_cap=0))
     assert (plain - gradient(tis_cap=2.0)).norm() < 1e-4 * plain.norm()  # sampler and scorer agree to rounding
     for level in ("token", "sequence"): assert (0.5 * plain - gradient(tis_cap=0.5, tis_level=level)).norm() < 1e-4 * plain.norm()  # every weight is cut to a half
 

