@@ -6,13 +6,11 @@
 Every run is `emo-r3 train scenes_cpu` with the options in CELLS and a seed, in a process of its own with one thread. Then each policy is loaded again, merged both ways by `emo_r3.export`, and measured on the same test
 scenes: accuracy, and the log-probabilities of its own greedy completions. Written into benchmarks/results/adapters.json.
 """
-import argparse
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from three_methods import HERE, gather, run
+from three_methods import gather, options, run_all
 
 from emo_r3.cli import EVAL_SEED
 from emo_r3.evaluate import evaluate
@@ -50,18 +48,11 @@ def forms(folder: Path, cell: str, n: int) -> dict:
 
 def main() -> None:
     "Runs what is missing, then measures and gathers."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "adapters", help="where the runs are kept")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser = options(__doc__, "adapters", seeds=2)
     parser.add_argument("--test", type=int, default=192, help="test scenes a domain for loaded and merged policies")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "adapters.json")
-    parser.add_argument("--collect", action="store_true", help="run nothing")
     args, more = parser.parse_known_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
     jobs = [(args.runs / f"{cell}-{seed}", cell, seed) for seed in range(1, args.seeds + 1) for cell in CELLS]
-    if not args.collect:
-        with ThreadPoolExecutor(args.parallel) as pool: list(pool.map(lambda j: run(j[0], CELLS[j[1]], j[2], more), jobs))
+    run_all(jobs, CELLS, args, more)
     found = [gather(*job) | {"forms": forms(job[0], job[1], args.test)} for job in jobs if (job[0] / "summary.json").exists()]
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text(json.dumps({"command": "python benchmarks/adapters.py", "options": more, "cells": CELLS, "machine": machine(), "runs": found}, indent=1) + "\n")

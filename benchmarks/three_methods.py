@@ -47,19 +47,29 @@ def gather(folder: Path, cell: str, seed: int) -> dict:
     return {"cell": cell, "seed": seed, "steps": summary["steps"], "wall_s": summary["wall_s"], "before": short(summary["before"]), "after": short(summary["after"]), "curves": curves}
 
 
+def options(doc: str, name: str, seeds: int) -> argparse.ArgumentParser:
+    "Returns the options of a benchmark that trains cells over seeds, `name` being that of its record; what they do not know goes to every training run."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / name, help="where the runs are kept")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / f"{name}.json")
+    parser.add_argument("--collect", action="store_true", help="run nothing")
+    return parser
+
+
+def run_all(jobs: list[tuple[Path, str, int]], cells: dict[str, list[str]], args: argparse.Namespace, more: list[str]) -> None:
+    "Runs what is missing of the jobs (folder, cell, seed), some at a time; nothing where only collecting was asked for."
+    args.runs.mkdir(parents=True, exist_ok=True)
+    if args.collect: return
+    with ThreadPoolExecutor(args.parallel) as pool: list(pool.map(lambda job: run(job[0], cells[job[1]], job[2], more), jobs))
+
+
 def main() -> None:
     "Runs what is missing, then gathers."
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "three_methods", help="where the runs are kept")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "three_methods.json")
-    parser.add_argument("--collect", action="store_true", help="run nothing")
-    args, more = parser.parse_known_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
+    args, more = options(__doc__, "three_methods", seeds=3).parse_known_args()
     jobs = [(args.runs / f"{cell.split(',')[0]}{'-reference' if ',' in cell else ''}-{seed}", cell, seed) for cell in CELLS for seed in range(1, args.seeds + 1)]
-    if not args.collect:
-        with ThreadPoolExecutor(args.parallel) as pool: list(pool.map(lambda j: run(j[0], CELLS[j[1]], j[2], more), jobs))
+    run_all(jobs, CELLS, args, more)
     found = [gather(*job) for job in jobs if (job[0] / "summary.json").exists()]
     args.output.parent.mkdir(exist_ok=True)
     args.output.write_text(json.dumps({"command": "python benchmarks/three_methods.py", "options": more, "machine": machine(), "runs": found}, indent=1) + "\n")

@@ -8,7 +8,7 @@ __all__ = ['TITLES', 'REAL_ONLY', 'UNTRAINED', 'UNGROUPED', 'EMBEDDED_SETS', 'LA
            'COLD_RUN', 'VANILLA_PROMPT', 'LLAVA', 'CELLS_OWN', 'MEANS', 'DRAWS', 'PAPER', 'CSV_COLUMNS', 'COLOURS',
            'CASE_RULE', 'PHASES', 'Cell', 'DataSets', 'read_data_sets', 'Experiment', 'experiment_rows', 'row_cells',
            'experiment_cells', 'Trial', 'runs_folder', 'data_options', 'cell_options', 'cold_options', 'Task',
-           'option_words', 'train_task', 'recipe_fields', 'evaluate_tasks', 'cell_tasks', 'shell_line', 'last_words',
+           'option_words', 'train_task', 'evaluate_tasks', 'cell_tasks', 'shell_line', 'last_words',
            'evaluation_record', 'Runner', 'run_cells', 'task_config', 'check_same_run', 'check_same_evaluation',
            'check_before_running', 'Measured', 'collect_cell', 'check_same_pictures', 'Score', 'score', 'in_and_out',
            'Difference', 'bootstrap', 'picture_differences', 'Row', 'table_rows', 'compare_rows', 'Grid', 'grid_text',
@@ -35,10 +35,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import NoneType
-from typing import get_args
 
 import numpy as np
 import yaml
@@ -47,14 +45,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-import emo_r3
 from .checkpoint import Stopped, StopSignals, library_versions, source_commit
 from .data import check_choice, did_you_mean
 from .published import load_published, manifest_sha256
 from .evaluate import Graded, mean_or_none, read_predictions, wilson_interval
+from .recipe import read_recipe, run_config
 from .rewards import RewardWeights
 from .scenes import DOMAINS, EMBEDDED, make_scenes
-from .train import TrainConfig, make_config, plain_config, write_whole
+from .train import TrainConfig, plain_config, write_whole
 
 # %% ../nbs/15_experiments.ipynb #bbdd16c9
 TITLES = {"vanilla": "vanilla", "sepm": "SEPM", "sft": "SFT", "grpo": "GRPO", "dapo": "DAPO", "set": "SET only", "emo_r3": "EMO-R3",
@@ -247,7 +245,7 @@ class Trial:
         said = [words.get(name, f"{name} = {{}}").format(value) for name, value in self.fields.items()]
         return f"TRIAL: {', '.join(said)}" if said else ""
 
-
+# %% ../nbs/15_experiments.ipynb #759e157a
 def runs_folder(
     runs: str | Path,  # where all runs are kept
     sets: DataSets,
@@ -326,15 +324,6 @@ def train_task(
     return Task(("train", recipe, "--output-dir", str(folder), *option_words(fields)), folder / "summary.json", recipe=recipe, fields=dict(fields))
 
 # %% ../nbs/15_experiments.ipynb #a70cc51c
-def recipe_fields(
-    name: str,  # of a recipe that ships with the package
-) -> dict:
-    "Returns what a recipe sets; raises FileNotFoundError where there is none of that name."
-    path = Path(emo_r3.__file__).parent / "recipes" / f"{name}.yaml"
-    if not path.is_file(): raise FileNotFoundError(f"recipe {name!r}: not in this package; allowed: {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
 def evaluate_tasks(
     method: str,  # one of `UNTRAINED`
     sets: DataSets,
@@ -342,7 +331,7 @@ def evaluate_tasks(
     trial: Trial = Trial(),
 ) -> list[Task]:
     "Returns the commands that measure an untrained policy, one a test set."
-    recipe = recipe_fields(RECIPE[sets.train[0]]) | {k: yaml.safe_load(v) for k, v in trial.fields.items()}
+    recipe = read_recipe(RECIPE[sets.train[0]])[1] | {k: yaml.safe_load(v) for k, v in trial.fields.items()}
     if method in REAL_ONLY: recipe |= {"policy": LLAVA, "min_pixels": None, "max_pixels": None}  # its pictures have one size
     prompt = "sepm" if method in ("sepm", "llava_sepm") else VANILLA_PROMPT[sets.name]
     mode = RewardWeights.for_method("grpo", recipe.get("preset", "paper")).label_mode
@@ -354,7 +343,7 @@ def evaluate_tasks(
         return Task(("evaluate", str(recipe.get("policy", "Qwen/Qwen2.5-VL-3B-Instruct")), *data, *shared, "--predictions", str(folder / f"{test}.jsonl")), folder / f"{test}.jsonl", test, fields={"method": prompt, "mode": mode}, manifest=manifest)
     return [task(test) for test in sets.test]
 
-
+# %% ../nbs/15_experiments.ipynb #b119c9e8
 def cell_tasks(
     cell: Cell,
     sets: DataSets,
@@ -397,7 +386,7 @@ def evaluation_record(
     at = task.words.index("--predictions")
     return {"words": [*task.words[:at], *task.words[at + 2:]], "manifest_sha256": manifest_sha256(task.manifest) if task.manifest else None}
 
-
+# %% ../nbs/15_experiments.ipynb #f16ae38a
 class Runner:
     "Runs tasks as processes, and knows which are running."
     def __init__(self, logs: Path,  # folder for what the processes write
@@ -458,18 +447,11 @@ def run_cells(
     return failed
 
 # %% ../nbs/15_experiments.ipynb #3b47e2bb
-def _typed(name: str, value: object) -> object: # as the command line and a recipe are read
-    kinds = next((get_args(f.type) or (f.type,) for f in fields(TrainConfig) if f.name == name), ())
-    if isinstance(value, str) and str in kinds: return None if value == "null" and NoneType in kinds else value
-    value = yaml.safe_load(value) if isinstance(value, str) else value
-    return float(value) if float in kinds and isinstance(value, (int, str)) and not isinstance(value, bool) else value  # YAML reads 1e-4 as a text
-
-
 def task_config(
     task: Task,  # a training run
 ) -> dict:
     "Returns the whole configuration that a run's command means, as its config.yaml holds it; raises ValueError for one that cannot be."
-    return plain_config(make_config({name: _typed(name, value) for name, value in (recipe_fields(task.recipe) | dict(task.fields)).items()}, where=f"recipe {task.recipe}"))
+    return plain_config(run_config(task.recipe, task.fields)[1])
 
 
 def _same_policy(task: Task, wanted: str, found: object) -> bool:
@@ -489,7 +471,7 @@ def check_same_run(
     if other := [name for name in wanted if not (_same_policy(task, wanted[name], found[name]) if name == "policy" else wanted[name] == found[name])]:
         raise ValueError(f"{folder}: was run with {', '.join(f'{name} = {found[name]!r}, wanted: {wanted[name]!r}' for name in other)}; allowed: remove that folder, or name another place for the runs with --runs")
 
-
+# %% ../nbs/15_experiments.ipynb #0492569f
 def check_same_evaluation(
     task: Task,  # an evaluation whose predictions are there
 ) -> dict:  # commit and versions that made them
@@ -546,7 +528,7 @@ def _evaluated(task: Task) -> tuple[Graded, ...]:
     if (report.method, report.mode) != (task.fields["method"], task.fields["mode"]): raise ValueError(f"{task.leaves}: was asked with {report.method}, read {report.mode}; allowed: {task.fields['method']}, {task.fields['mode']}")
     return report.predictions
 
-
+# %% ../nbs/15_experiments.ipynb #2cd6dd04
 def collect_cell(
     cell: Cell,
     tasks: Sequence[Task],  # its commands, from `cell_tasks`
@@ -683,7 +665,7 @@ class Row:
         counts = sorted({len(runs) for runs in self.runs.values()})
         return "-" if self.method in UNTRAINED and counts == [1] else " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
-
+# %% ../nbs/15_experiments.ipynb #4aca9d49
 def table_rows(
     name: str,  # one of `TABLES`
     measured: Mapping[Cell, Measured],  # what is finished
@@ -813,7 +795,7 @@ def _difference_text(d: Difference | None) -> str:
     if not d.differing: return "no picture differs"
     return f"{100 * d.mean:+.1f} [{100 * d.ci95[0]:+.1f}, {100 * d.ci95[1]:+.1f}] p {'<0.001' if d.p_value < 0.001 else f'{d.p_value:.3f}'}"
 
-
+# %% ../nbs/15_experiments.ipynb #40e8cf16
 def table_grids(
     name: str,  # one of `TABLES`
     rows: Sequence[Row],
@@ -830,7 +812,7 @@ def table_grids(
     means = tuple((*head(r), *(_percent(v, 2) for v in r.means.values()), _percent(known(r, "format")), _percent(known(r, "grounding"))) for r in rows)
     return [*grids, Grid(f"{_called(name)} on {sets.name} data: means of the medians in %", ("method", "G", "seeds", *MEANS, "format", "grounding"), means)]
 
-
+# %% ../nbs/15_experiments.ipynb #8ce54c97
 def comparisons(
     name: str,  # one of `TABLES`
     rows: Sequence[Row],
@@ -901,7 +883,7 @@ def _curve_notes(runs: Sequence[Mapping]) -> str:
     notes = [*([f"x: {early} of {len(runs)} ended early"] if early else []), *(["train: only groups that passed the filter"] if partly else [])]
     return f" ({'; '.join(notes)})" if notes else ""
 
-
+# %% ../nbs/15_experiments.ipynb #d1a3777e
 def draw_curves(
     curves: Mapping[str, Sequence[Mapping]],  # method -> one of `read_curves` a seed
 ) -> Figure:
@@ -1014,7 +996,7 @@ def run_commits(
     "Returns the commits of the code that made the cells, the most frequent first."
     return dict(Counter(made.get("commit") for m in measured.values() for made in m.made or ({},)).most_common())
 
-
+# %% ../nbs/15_experiments.ipynb #832de025
 def origin_lines(
     measured: Mapping[Cell, Measured],
 ) -> list[str]:
@@ -1070,7 +1052,7 @@ def write_table(
         write_whole(output / f"{name}.{kind}", text)
     return "\n\n".join([*map(grid_text, grids), *below])
 
-
+# %% ../nbs/15_experiments.ipynb #7a32cd19
 def write_figure(
     name: str,  # one of `FIGURES`
     measured: Mapping[Cell, Measured],
@@ -1099,7 +1081,7 @@ def write_figure(
     head = [trial.title] if trial.title else []
     return "\n".join([*head, json.dumps(numbers, indent=1)]) if name != "figure3" else "\n".join([*head, *(f"{TITLES[m]}, seed {r['seed']}: {len(r['train'])} steps, validation {_percent(r['validation'][-1][1]) if r['validation'] else '-'} %" + (f", ended early: {r['ended'].get('why')}" if r["ended"] else "") for m, runs in numbers.items() for r in runs)])
 
-
+# %% ../nbs/15_experiments.ipynb #f2141812
 def _case(by_method: Mapping[str, list[Measured]], sets: DataSets, trial: Trial = Trial()) -> tuple[Figure, dict]:
     seeds = {method: {m.cell.seed: m for m in by_method[method]} for method in ("grpo", "emo_r3")}
     both = sorted(seeds["grpo"].keys() & seeds["emo_r3"].keys())
@@ -1134,7 +1116,7 @@ def experiment_words(
     more = {"--test-manifests": ",".join(f"{part.partition('=')[0]}=FILE" for part in manifests.split(",")) if manifests else None, "--methods": methods and ",".join(methods), "--max-steps": trial.max_steps, "--eval-size": trial.eval_size, "--policy": trial.policy and "POLICY", "--train-options": shlex.join(option_words(dict(trial.options))) or None}
     return shlex.join(["emo-r3", "experiment", name, "--data", shown, "--seeds", str(seeds), *(w for k, v in more.items() if v is not None for w in (k, str(v)))])
 
-
+# %% ../nbs/15_experiments.ipynb #de24651b
 def collect_cells(
     tasks: Mapping[Cell, Sequence[Task]],
     sets: DataSets,
@@ -1148,7 +1130,7 @@ def collect_cells(
     strays = check_same_pictures(measured)
     return {cell: m for cell, m in measured.items() if cell not in strays}, wrong | strays
 
-
+# %% ../nbs/15_experiments.ipynb #2dab1fde
 def experiment(
     name: str,  # one of `EXPERIMENTS`
     data: str = "embedded",  # or emoset=PATH,emotion6=PATH,webemo=PATH

@@ -5,7 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from emo_r3 import cli
+from emo_r3 import cli, recipe
 from emo_r3.cli import load_pair
 from emo_r3.data import EMOSET8
 from emo_r3.policy import EMBEDDED_POLICY
@@ -129,9 +129,9 @@ def test_recipes_that_are_none(folder, text, words):
 @pytest.mark.parametrize("kind, good, bad", [(bool, [True, False], [1, "yes", None]), (int, [3, -1], [True, 3.0, "3", None]), (int | None, [None, 3], [False, ""]),
                                              (float, [0.5, 1, "1e-4", "inf"], [True, "fast", None, []]), (str, ["", "no"], [3, None, False]), (tuple, [[1], ()], ["a", {}]), (dict, [{}], [[]])])
 def test_types_of_values(kind, good, bad):
-    for value in good: assert isinstance(cli.field_value("it", value, kind), kind) and cli.field_value("it", value, kind) == (float(value) if kind is float else tuple(value) if kind is tuple else value)
+    for value in good: assert isinstance(recipe.field_value("it", value, kind), kind) and recipe.field_value("it", value, kind) == (float(value) if kind is float else tuple(value) if kind is tuple else value)
     for value in bad:
-        with pytest.raises(ValueError, match="^it = .*; allowed: "): cli.field_value("it", value, kind)
+        with pytest.raises(ValueError, match="^it = .*; allowed: "): recipe.field_value("it", value, kind)
 
 
 def test_options_replace_the_recipe_field_by_field(folder):
@@ -381,3 +381,72 @@ def test_a_processor_of_another_model_is_refused(tmp_path, file, values, says):
     (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
     with pytest.raises(ValueError, match=re.escape(says)): load_pair(str(folder))
     load_pair("embedded")
+
+
+# ---- what is not here
+
+BIG = [name for name in cli.recipe_names() if name != "scenes_cpu"]
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_a_recipe_whose_data_is_not_here_says_what_to_get_and_what_can_be_done_without(folder, capsys, name):
+    code, out, err = run_main(capsys, "train", name)
+    assert code == 2 and out == "" and err.count("\n") == 1 and os.listdir() == []
+    title, format = ("Emotion6", "emotion6") if "emotion6" in name else ("EmoSet-118K", "emoset")
+    for words in (f"data = './data/{title}': no such file or folder", f"your copy of {title}", cli.PUBLISHED_AT[format][0], f"--data PATH, or data in a recipe, says where it is, and 'emo-r3 data check PATH --format {format}'", "on a laptop"): assert words in err, words
+    options = err.partition("put behind it: ")[2].split()
+    _, config = cli.run_config(name, cli.given_fields(cli.parse(["train", name, *options])))
+    assert config.policy == "embedded" and config.method in ("emo_r3", "grpo", "sft")
+    data = cli.run_data(replace(config, train_size=16, eval_during=2))  # scenes, with the labels that the recipe names
+    assert data.train and data.test
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BIG)
+def test_what_is_advised_without_data_runs(folder, capsys, name):
+    "Word for word."
+    _, _, err = run_main(capsys, "train", name)
+    code, out, err = run_main(capsys, "train", name, *err.partition("put behind it: ")[2].split())
+    assert code == 0 and out.rstrip().endswith("report.html"), err
+
+
+def test_the_readme_and_the_message_say_the_same():
+    assert cli.ON_A_LAPTOP.format("") in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_other_places_where_no_data_is(folder, capsys):
+    for options, words in ((("--data", "/nowhere/x"), "data = '/nowhere/x': no such file or folder; allowed: your copy of EmoSet-118K"), (("--data", "x.csv", "--data-format", "null"), "data = 'x.csv': no such file or folder; allowed: scenes, class folders")):
+        code, _, err = run_main(capsys, "train", "emoset_1gpu_lora", *options)
+        assert code == 2 and words in err and err.count("\n") == 1
+    from published_fixtures import emoset
+    emoset(Path("data/EmoSet-118K"), train=dict.fromkeys(EMOSET8, 2), test=dict.fromkeys(EMOSET8, 1))
+    sets = json.dumps({"emotion6": {"data": "/nowhere", "data_format": "emotion6", "label_set": "emotion6"}})
+    code, _, err = run_main(capsys, "train", "emoset_1gpu_lora", "--train-size", 16, "--prompts-per-step", 8, "--prompts-per-update", 8, "--eval-sets", sets)
+    assert code == 2 and "eval_sets: emotion6, data = '/nowhere': no such file or folder; allowed: your copy of Emotion6" in err and "laptop" not in err
+
+
+# ---- out of memory
+
+def test_advice_for_want_of_memory_is_by_what_is_asked(folder, capsys, monkeypatch):
+    from emo_r3.train import TrainConfig
+    def advised(*words):
+        def burst(args):
+            "Runs out of memory."
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        monkeypatch.setitem(cli._COMMANDS, words[0], (cli._COMMANDS[words[0]][0], burst))
+        code, out, err = run_main(capsys, *words)
+        assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("emo-r3: error: CUDA out of memory. Tried to allocate 2.00 GiB.; allowed: what fits, so "), err
+        return err
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "--gradient-checkpointing true (" in advised("train", "emoset_8gpu", "--gradient-checkpointing", "false") and "--gradient-checkpointing" not in advised("train", "emoset_8gpu")
+    assert "try --sharding zero2 (" in advised("train", "emoset_8gpu", "--sharding", "none")
+    monkeypatch.delenv("WORLD_SIZE")
+    small = advised("train", "emoset_1gpu_4bit")
+    assert "(evaluation " in small and "'emo-r3 plan emoset_1gpu_4bit --gpus 1xNAME'" in small and not {"--gradient-checkpointing", "--optimizer", "--sharding", "--four-bit"} & set(small.split())
+    for line in (small, advised("train", "emoset_1gpu_lora", "--policy", "someone/else")):  # of an unknown shape there are names alone
+        options = [w for w in line.split() if w.startswith("--") and w not in ("--gpus",)]
+        assert options and {o[2:].replace("-", "_") for o in options} <= {f.name for f in fields(TrainConfig)}
+    assert "--precision bf16" in advised("evaluate", "embedded", "scenes") and "--precision bf16" not in advised("evaluate", "embedded", "scenes", "--precision", "bf16")
+    book_example().image.save("ghost.png")
+    assert "--max-pixels" in advised("predict", "ghost.png") and "end what else runs" in advised("report", ".")
+
