@@ -38,7 +38,8 @@ from emo_r3.prompts import DEFAULT_TEMPLATES, coherence_messages, consistency_me
 from emo_r3.reflection import reflected_steps, written_verdict
 from emo_r3.rewards import RewardWeights, accuracy_reward, format_reward
 from emo_r3.scenes import make_scenes
-from emo_r3.train import Experience, TrainConfig, Trainer
+from emo_r3.config import TrainConfig
+from emo_r3.train import Experience, Trainer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from contenders import HERE, RESULTS, Case, Meter, Ours, Trl, write
 
-from emo_r3.groups import Cost, Shape
+from emo_r3.cost import Cost, Shape
 
 SIDES = {148: 4, 355: 14, 1000: 28}  # a picture's edge in image tokens, for each length of prompt
 

@@ -22,7 +22,8 @@ from flops import SIDES, forward_cost, update_cost
 from gpu_step import QWEN_3B
 from step import spread
 
-from emo_r3.groups import Shape, encode_pictures, group_logps, pack_groups, predicting_slots
+from emo_r3.cost import Shape
+from emo_r3.groups import encode_pictures, group_logps, pack_groups, predicting_slots
 from emo_r3.policy import Prompts, completion_logps, encode_prompts, logits_to_logps
 from emo_r3.prompts import set_messages
 

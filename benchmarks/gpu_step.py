@@ -30,13 +30,14 @@ import torch
 from contenders import Case, Ours, Phases, Trl, write
 from flops import forward_cost, sampling_cost, step_cost, update_cost
 
-from emo_r3.groups import Shape
+from emo_r3.cost import Shape
 from emo_r3.parsing import parse_set
 from emo_r3.plan import LIMITS, Assumptions, known_gpu, memory_of, phases_of, recorded_run
 from emo_r3.policy import EMBEDDED_POLICY
 from emo_r3.reflection import reflect
 from emo_r3.scenes import BOOK_COMPLETIONS
-from emo_r3.train import CHOICES, make_optimizer
+from emo_r3.config import CHOICES
+from emo_r3.train import make_optimizer
 
 warnings.filterwarnings("ignore")
 QWEN_3B = {"text_config": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151_936, "max_position_embeddings": 128_000,

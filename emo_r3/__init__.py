@@ -1,7 +1,7 @@
 __version__ = "0.1.0"
 
 # The names that a full run needs, loaded when asked for: `import emo_r3.rewards` alone must not import torch.
-_HOME = {"TrainConfig": "train", "make_config": "train", "load_examples": "data", "make_scenes": "scenes", "load_policy": "policy", "load_processor": "policy",
+_HOME = {"TrainConfig": "config", "make_config": "config", "load_examples": "data", "make_scenes": "scenes", "load_policy": "policy", "load_processor": "policy",
          "RewardWeights": "rewards", "run": "cli", "RunReport": "explore"}
 __all__ = sorted(_HOME)
 

@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 import emo_r3
-from .policy import VLProcessor, has_adapter, load_policy, save_policy, staged_folder
+from .policy import has_adapter, load_policy, staged_folder
 
 if TYPE_CHECKING: from peft import PeftModel
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import emo_r3
+from .config import TrainConfig, reward_weights
 from .data import EmotionExample, SetAside, check_choice, did_you_mean, label_set, load_examples, printable, read_manifest, sound_examples, subsample, write_quarantine
 from .published import DATA_FORMATS, KINDS, check_data, left_out_line, load_published, manifest_sha256, sample_data
 from .prompts import EVAL_METHODS, WITH_STEPS, PromptTemplates
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from emo_r3.ranks import Ranks
     from emo_r3.reflection import Judge
     from emo_r3.sampling import Sampler
-    from emo_r3.train import TrainConfig
 
 # %% ../nbs/18_cli.ipynb #71fe4196
 EVAL_SEED = 0  # of the scenes that are evaluated on
@@ -66,7 +66,7 @@ PUBLISHED_AT = {"emoset": ("https://vcc.tech/EmoSet", "train.json, val.json, tes
 ON_A_LAPTOP = "--policy embedded --data scenes{} --data-format null --min-pixels null --max-pixels null --prompts-per-step 8 --prompts-per-update 8 --max-completion-tokens 64 --max-steps 2 --eval-size 8"  # behind any recipe
 
 
-def check_data_here(config: "TrainConfig", # of a run
+def check_data_here(config: TrainConfig, # of a run
                     name: str = "data", # what messages call the field
                    ) -> None:
     "Raises FileNotFoundError where a run's pictures are neither on this disk nor a hub id: it says what to get, where it goes, and how to do without."
@@ -89,7 +89,7 @@ def _no_columns(choices: "TrainConfig | argparse.Namespace") -> None:
         if value: raise ValueError(f"{name} = {value!r}; allowed with scenes: none, for they come from no table of yours")
 
 
-def _read(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
+def _read(config: TrainConfig, split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
     "The rows of a split, as its data set is laid out."
     if config.data_format is None: return load_examples(config.data, label_set(config.label_set), split=split, domain=Path(config.data).stem or config.data, set_aside=set_aside, **_columns(config))
     left_out: list[SetAside] = []
@@ -98,7 +98,7 @@ def _read(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> list[
     return found
 
 
-def _loaded(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
+def _loaded(config: TrainConfig, split: str, set_aside: list[SetAside]) -> list[EmotionExample]:
     "The rows of a split that can be used; raises DataError where too many cannot."
     bad: list[SetAside] = []
     new = lambda: [a for a in bad if a not in set_aside]  # a line that cannot be read is in no split, and turns up in each
@@ -109,14 +109,14 @@ def _loaded(config: "TrainConfig", split: str, set_aside: list[SetAside]) -> lis
     return found
 
 # %% ../nbs/18_cli.ipynb #4d04ce06
-def _sound(config: "TrainConfig", examples: list[EmotionExample], set_aside: list[SetAside]) -> list[EmotionExample]:
+def _sound(config: TrainConfig, examples: list[EmotionExample], set_aside: list[SetAside]) -> list[EmotionExample]:
     "Those whose pictures can be read; raises DataError where too many cannot."
     bad: list[SetAside] = []
     try: return sound_examples(examples, bad, config.max_quarantined)
     finally: set_aside += bad
 
 
-def _chosen(config: "TrainConfig", split: str, n: int, seed: int, manifest: str | None, set_aside: list[SetAside], manifests: dict[str, str]) -> tuple[list[EmotionExample], list[EmotionExample]]:
+def _chosen(config: TrainConfig, split: str, n: int, seed: int, manifest: str | None, set_aside: list[SetAside], manifests: dict[str, str]) -> tuple[list[EmotionExample], list[EmotionExample]]:
     "At most n rows by the seed, of those that a manifest lists or of all; and what is left of all."
     found = _loaded(config, split, set_aside)
     listed = found if manifest is None else read_manifest(manifest, found)
@@ -128,16 +128,16 @@ def _chosen(config: "TrainConfig", split: str, n: int, seed: int, manifest: str 
     return chosen, [x for x in found if x.id not in taken]
 
 
-def _test_set(config: "TrainConfig", manifest: str | None, set_aside: list[SetAside], manifests: dict[str, str]) -> list[EmotionExample]:
+def _test_set(config: TrainConfig, manifest: str | None, set_aside: list[SetAside], manifests: dict[str, str]) -> list[EmotionExample]:
     return _sound(config, _chosen(config, "test", config.eval_size, EVAL_SEED, manifest, set_aside, manifests)[0], set_aside)
 
 # %% ../nbs/18_cli.ipynb #d43c23eb
-def data_seed(config: "TrainConfig") -> int:
+def data_seed(config: TrainConfig) -> int:
     "Returns the seed that chooses a run's training pictures."
     return config.seed if config.data_seed is None else config.data_seed
 
 
-def _own_data(config: "TrainConfig", set_aside: list[SetAside]) -> RunData:
+def _own_data(config: TrainConfig, set_aside: list[SetAside]) -> RunData:
     name, manifests = config.data_format or Path(config.data).stem or config.data, {}
     check_data_here(config)
     if name in config.eval_sets: raise ValueError(f"eval_sets: {name!r} is the data set that is trained on; allowed: other names")
@@ -152,10 +152,10 @@ def _own_data(config: "TrainConfig", set_aside: list[SetAside]) -> RunData:
     return RunData(train, {name: during} if during else {}, test, manifests)
 
 
-def other_set(config: "TrainConfig", # a run's
+def other_set(config: TrainConfig, # a run's
               name: str, # a key of its eval_sets
               values: object, # what stands there
-             ) -> "TrainConfig":
+             ) -> TrainConfig:
     "Returns a configuration that reads another data set to evaluate on; raises ValueError, naming set and field, for what it cannot be told."
     known = ("data", "data_format", "label_set", "label_map", "image_column", "label_column", "manifest")
     if not isinstance(values, Mapping) or not values.get("data"): raise ValueError(f"eval_sets: {name} = {shortened(values)}; allowed: a mapping with data, and {', '.join(known[1:])} where they are needed")
@@ -165,7 +165,7 @@ def other_set(config: "TrainConfig", # a run's
 
 # %% ../nbs/18_cli.ipynb #b5db1b97
 def run_data(
-    config: "TrainConfig", # says which, and how many
+    config: TrainConfig, # says which, and how many
     set_aside: list[SetAside] | None = None, # grows by what cannot be used, and why
 ) -> RunData:
     "Returns the pictures of a run; raises ValueError or OSError naming file, row and value where nothing, or too little, can be used."
@@ -182,7 +182,7 @@ def run_data(
 # %% ../nbs/18_cli.ipynb #ac5ce8de
 class Measure:
     "Evaluates a model for `train`, and keeps the reports by when they were made: before, during, after."
-    def __init__(self, config: "TrainConfig", # prompt, lengths, rules
+    def __init__(self, config: TrainConfig, # prompt, lengths, rules
                  data: RunData, # the pictures
                  processor: "VLProcessor", # the policy's
                  judge: "Judge | None" = None, # asked about steps before and after; None: nobody
@@ -196,7 +196,6 @@ class Measure:
         import torch
         from emo_r3.evaluate import evaluate
         from emo_r3.sampling import PolicySampler
-        from emo_r3.train import reward_weights
         c, during, weights = self.config, when == "during", reward_weights(self.config)
         quiet = during or self.ranks is not None and not self.ranks.first
         with torch.autocast(model.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
@@ -255,7 +254,7 @@ def check_writable(path: Path, # a folder or file to be written
         raise PermissionError(f"{name} {str(path)!r}: {there} {'cannot be written' if there.is_dir() else 'is a file, not a folder'}; allowed: a place where you may write")
 
 # %% ../nbs/18_cli.ipynb #4b89c4ed
-def policy_to_train(config: "TrainConfig", # of the run
+def policy_to_train(config: TrainConfig, # of the run
                    ) -> tuple["PreTrainedModel", "VLProcessor"]:
     "Returns the policy that a run changes, and its processor; raises as `load_pair` does, and ValueError for what cannot be trained."
     from emo_r3.policy import add_lora, check_trainable, has_adapter, unwrapped
@@ -270,7 +269,7 @@ def policy_to_train(config: "TrainConfig", # of the run
     return (add_lora(policy, config.lora_rank, config.lora_alpha, seed=config.seed) if config.lora_rank else policy), processor
 
 # %% ../nbs/18_cli.ipynb #cdd42497
-def run(config: "TrainConfig", # every choice
+def run(config: TrainConfig, # every choice
         output_dir: str | Path, # the run's folder: new, empty, or that of a run to be finished
         recipe: str = "", # its name, for summary and report
         resume: str = "auto", # "auto", "never", or a checkpoint's folder
@@ -342,7 +341,6 @@ _PLANNING = {"gpus": {"metavar": "NxNAME", "help": "devices to plan for, such as
 
 def _field_options(parser: argparse.ArgumentParser) -> None:
     "Adds every field of TrainConfig."
-    from emo_r3.train import TrainConfig
     for f in fields(TrainConfig):
         if f.name in _GROUPS: group = parser.add_argument_group(_GROUPS[f.name])
         default = f.default if f.default is not MISSING else f.default_factory()
@@ -352,7 +350,6 @@ def _field_options(parser: argparse.ArgumentParser) -> None:
 
 def given_fields(args: argparse.Namespace) -> dict[str, str]:
     "Returns the fields of TrainConfig that a command line sets, as text."
-    from emo_r3.train import TrainConfig
     return {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
 
 # %% ../nbs/18_cli.ipynb #8899dc09
@@ -412,7 +409,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     _field_options(parser)
 
 # %% ../nbs/18_cli.ipynb #49cc2609
-def data_here(config: "TrainConfig") -> tuple[int | None, int | None, tuple[int, int] | None]: # pictures to train on and to test on, a typical one's width and height; None: not here
+def data_here(config: TrainConfig) -> tuple[int | None, int | None, tuple[int, int] | None]: # pictures to train on and to test on, a typical one's width and height; None: not here
     "Returns what a look at a run's pictures tells; raises as reading them does."
     if config.data.partition(":")[0] == "scenes" or not Path(config.data).exists(): return None, None, None
     found = {split: _loaded(config, split, []) for split in ("train", "test")}
@@ -755,7 +752,7 @@ def parse(argv: Sequence[str], # command and options
     parsers, named = top.add_subparsers(dest="command", metavar="COMMAND", required=True), next(iter(argv), "")
     for name, (options, command) in _COMMANDS.items():
         parser = parsers.add_parser(name, help=command.__doc__, description=command.__doc__)
-        if name == named: options(chosen := parser)  # train's options need torch: nobody else should wait for it
+        if name == named: options(chosen := parser)
     if named and not named.startswith("-"): check_choice("command", named, _COMMANDS)
     args, left = top.parse_known_args(argv)
     if left:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['EMOSET8', 'EMOTION6', 'WEBEMO7', 'FORMATS', 'LONGEST', 'OF_THE_FILE', 'HEAVIEST', 'PICTURE_SUFFIXES', 'SPLITS', 'Row',
            'IMAGE_COLUMNS', 'LABEL_COLUMNS', 'DEEPEST', 'Member', 'SIP', 'DataError', 'did_you_mean', 'printable',
-           'check_choice', 'LabelSet', 'label_set', 'emotion_question', 'is_file', 'StoredPicture', 'EmotionExample',
-           'stored_splits', 'holds_dataset', 'source_rows', 'source_splits', 'SetAside', 'examples_of', 'load_examples',
-           'sound_examples', 'write_quarantine', 'parts_inside', 'unpack', 'subsample', 'write_manifest',
-           'read_manifest']
+           'check_choice', 'is_address', 'LabelSet', 'label_set', 'emotion_question', 'is_file', 'StoredPicture',
+           'EmotionExample', 'stored_splits', 'holds_dataset', 'source_rows', 'source_splits', 'SetAside',
+           'examples_of', 'load_examples', 'sound_examples', 'write_quarantine', 'parts_inside', 'unpack', 'subsample',
+           'write_manifest', 'read_manifest']
 
 # %% ../nbs/00_data.ipynb #3ea85b3a
 import contextlib, csv, difflib, errno, gzip, hashlib, io, json, math, os, posixpath, re, reprlib, stat, tarfile, tempfile, warnings, zipfile
@@ -20,6 +20,7 @@ from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -51,6 +52,15 @@ def check_choice(
 ) -> None:
     "Raises ValueError, with the nearest allowed word, unless the value is one of those allowed."
     if value not in allowed: raise ValueError(f"{name}: got {value!r}; allowed: {', '.join(allowed)}{did_you_mean(value, allowed)}")
+
+# %% ../nbs/00_data.ipynb #c8d3efa1
+def is_address(value: object, # what somebody wrote into a configuration
+              ) -> bool:
+    "Returns whether it is an http or https address with a host and, if it names one, a port that exists."
+    try:
+        parts = urlsplit(value) if isinstance(value, str) else None
+        return parts is not None and parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError: return False  # brackets that do not close, a port that is none
 
 # %% ../nbs/00_data.ipynb #079e044d
 def _check_labels(name: str, labels: tuple, aliases: Mapping, polarity: Mapping) -> None:

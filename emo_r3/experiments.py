@@ -52,7 +52,8 @@ from .evaluate import Graded, mean_or_none, read_predictions, wilson_interval
 from .recipe import read_recipe, run_config
 from .rewards import RewardWeights
 from .scenes import DOMAINS, EMBEDDED, make_scenes
-from .train import TrainConfig, plain_config, write_whole
+from .config import TrainConfig, plain_config
+from .train import write_whole
 
 # %% ../nbs/15_experiments.ipynb #bbdd16c9
 TITLES = {"vanilla": "vanilla", "sepm": "SEPM", "sft": "SFT", "grpo": "GRPO", "dapo": "DAPO", "set": "SET only", "emo_r3": "EMO-R3",

@@ -39,7 +39,8 @@ from .evaluate import wilson_interval
 from .loss import clipped_loss, kl_estimate
 from .rewards import RewardRecord, RewardWeights, extra_share, overall_reward, reflective_reward, reward_shares
 from .scenes import named_objects
-from .train import Experience, TrainConfig, group_record, make_config, reward_weights
+from .config import TrainConfig, make_config, reward_weights
+from .train import Experience, group_record
 
 # %% ../nbs/16_explore.ipynb #85c8902d
 class Html(str):

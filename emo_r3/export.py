@@ -26,8 +26,7 @@ from .policy import BASE_FILE, VLProcessor, check_trainable, completion_logps, l
 from .prompts import PromptTemplates, method_messages
 from .sampling import PolicySampler
 from .scenes import make_scenes
-from .train import TrainConfig, make_config
-from .vllm_sampler import LORA_RANKS
+from .config import LORA_RANKS, TrainConfig, make_config
 
 if TYPE_CHECKING: from peft import PeftModel
 

@@ -411,7 +411,7 @@ def _ask_text(server: _Chats, question: list[dict], **how: Any) -> str:
 # %% ../nbs/17_interop.ipynb #2c5d1ccc
 def _check_judge(url: object, scores: object, timeout_s: object, **counts: tuple[object, int]) -> None:
     "Raises ValueError for the first option that cannot work."
-    if not wire.is_address(url): raise ValueError(f"judge_url: got {url!r}; allowed: an address such as 'http://judge:8000/v1'")
+    if not data.is_address(url): raise ValueError(f"judge_url: got {url!r}; allowed: an address such as 'http://judge:8000/v1'")
     data.check_choice("judge_scores", scores, ("top", "prompt"))
     rewarding.check_timeout("judge_timeout_s", timeout_s)
     if timeout_s is None: raise ValueError("judge_timeout_s: got None; allowed: a number of seconds above 0, for a server may never answer")

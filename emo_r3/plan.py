@@ -4,37 +4,36 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'AREAS', 'LIMITS', 'GPUS', 'OFFERED', 'PUBLISHED_PICTURES', 'MOMENTS', 'ALWAYS', 'NF4_BYTES', 'STATE_BYTES',
-           'ROWS_AT_ONCE', 'MAX_FEATURES', 'ENGINE_SHARE', 'ENGINE_ROWS', 'RECORDS', 'CLOSE', 'CHANGES', 'model_config',
-           'Parameters', 'count_parameters', 'Assumptions', 'Gpu', 'known_gpu', 'parse_gpus', 'usual_gpus',
-           'picture_grid', 'prompt_words', 'question_words', 'manifest_rows', 'tested_pictures', 'validation_pictures',
-           'Sizes', 'sizes_of', 'Row', 'text_layer_bytes', 'vision_layer_bytes', 'tower_bytes', 'Memory', 'rows_of',
-           'trains', 'how_sharded', 'number_bytes', 'memory_of', 'step_costs', 'reflection_cost', 'Phase',
-           'decode_phase', 'exchanged_bytes', 'phases_of', 'read_record', 'recorded_run', 'memory_ratios',
-           'operation_ratios', 'Timed', 'fit_speeds', 'left_out', 'cpu_times', 'gpu_rows', 'gpu_times',
-           'gpu_memory_ratios', 'rests_on', 'Plan', 'plan_run', 'evaluation_s', 'ways_out', 'Saving', 'savings',
-           'plan_table', 'sizes_table', 'choices_table']
+           'ROWS_AT_ONCE', 'MAX_FEATURES', 'ENGINE_SHARE', 'ENGINE_ROWS', 'RECORDS', 'CLOSE', 'CHANGES', 'ModelConfig',
+           'model_config', 'Parameters', 'count_parameters', 'Assumptions', 'Gpu', 'known_gpu', 'parse_gpus',
+           'usual_gpus', 'resized', 'picture_grid', 'prompt_words', 'question_words', 'manifest_rows',
+           'tested_pictures', 'validation_pictures', 'Sizes', 'sizes_of', 'Row', 'text_layer_bytes',
+           'vision_layer_bytes', 'tower_bytes', 'Memory', 'rows_of', 'trains', 'how_sharded', 'number_bytes',
+           'memory_of', 'step_costs', 'reflection_cost', 'Phase', 'decode_phase', 'exchanged_bytes', 'phases_of',
+           'read_record', 'recorded_run', 'memory_ratios', 'operation_ratios', 'Timed', 'fit_speeds', 'left_out',
+           'cpu_times', 'gpu_rows', 'gpu_times', 'gpu_memory_ratios', 'rests_on', 'Plan', 'plan_run', 'evaluation_s',
+           'ways_out', 'Saving', 'savings', 'plan_table', 'sizes_table', 'choices_table']
 
 # %% ../nbs/15b_plan.ipynb #1c12e635
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
-from huggingface_hub import try_to_load_from_cache
-from transformers import PretrainedConfig, Qwen2_5_VLConfig
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
 
-from .data import check_choice, did_you_mean, emotion_question, label_set
-from .groups import ENCODED_AT_ONCE, LOGITS_AT_ONCE, Cost, Shape, cut_groups
-from .policy import encode_prompts, load_processor, policy_path
+from .config import EMBEDDED_POLICY, TrainConfig, number_of_steps, plain_config
+from .cost import ENCODED_AT_ONCE, LOGITS_AT_ONCE, PEAK_TFLOPS, Cost, Shape, cut_groups
+from .data import did_you_mean, emotion_question, label_set
 from .prompts import Messages, PromptTemplates, coherence_messages, fill_template, method_messages
 from .scenes import DOMAINS, SCENE_PIXELS
-from .train import PEAK_TFLOPS, TrainConfig, number_of_steps, plain_config
 
 # %% ../nbs/15b_plan.ipynb #ea0fcf36
 _VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
@@ -46,17 +45,32 @@ MODELS = {  # config.json on the hub, and of preprocessor_config.json the bounds
 AREAS = (3_136, 12_845_056)  # smallest and largest area of a picture, pixels, of both
 
 
+class ModelConfig(SimpleNamespace):
+    "What config.json says: text_config, vision_config and tie_word_embeddings."
+    @classmethod
+    def of(cls, values: Mapping) -> "ModelConfig":
+        "Returns what a file in today's form says, in which both parts stand for themselves."
+        return cls(text_config=SimpleNamespace(**values["text_config"]), vision_config=SimpleNamespace(**{"in_channels": 3} | values["vision_config"]), tie_word_embeddings=values["tie_word_embeddings"])
+
+
+def _embedded_config() -> dict: return json.loads((EMBEDDED_POLICY / "config.json").read_text(encoding="utf-8"))
+
+
 def model_config(policy: str, # 'embedded', a folder, or a hub id
-                ) -> PretrainedConfig:
+                ) -> ModelConfig:
     "Returns a policy's configuration without downloading anything; raises ValueError for a hub id whose shape is not known here."
-    if policy in MODELS: return Qwen2_5_VLConfig(**MODELS[policy])
-    folder = policy_path(policy, weights=False) if policy == "embedded" or Path(policy).is_dir() else None
+    if policy in MODELS or policy == "embedded": return ModelConfig.of(MODELS[policy] if policy in MODELS else _embedded_config())
+    from huggingface_hub import try_to_load_from_cache  # what is not ours may be written in an older form, which transformers reads, and takes its time to load
+    from transformers import Qwen2_5_VLConfig
+    from emo_r3.policy import policy_path
+    folder = policy_path(policy, weights=False) if Path(policy).is_dir() else None
     file = Path(folder) / "config.json" if folder else try_to_load_from_cache(policy, "config.json") if policy.count("/") == 1 else None
     if not isinstance(file, (str, Path)) or not Path(file).is_file():
         raise ValueError(f"policy = {policy!r}: its shape is not known without a download; allowed: embedded, {', '.join(MODELS)}, or a folder with config.json (of an adapter: the folder of its base){did_you_mean(policy, MODELS)}")
     values = json.loads(Path(file).read_text(encoding="utf-8"))
     if values.get("model_type") != "qwen2_5_vl": raise ValueError(f"policy = {policy!r}: model_type = {values.get('model_type')!r} in config.json; allowed: 'qwen2_5_vl'")
-    return Qwen2_5_VLConfig(**values)
+    read = Qwen2_5_VLConfig(**values)
+    return ModelConfig(text_config=read.text_config, vision_config=read.vision_config, tie_word_embeddings=read.tie_word_embeddings)
 
 # %% ../nbs/15b_plan.ipynb #640b73f7
 @dataclass(frozen=True)
@@ -74,7 +88,7 @@ class Parameters:
     def base(self) -> int: return self.text + self.embedding + self.vision
 
 
-def count_parameters(config: PretrainedConfig, # of a Qwen2.5-VL
+def count_parameters(config: ModelConfig, # of a Qwen2.5-VL
                      lora_rank: int = 0, # of the adapter on the text model's linear layers; 0: none
                     ) -> Parameters:
     "Returns the number of weights that a configuration means."
@@ -198,22 +212,47 @@ def usual_gpus(config: TrainConfig) -> str | None:
     return "1x4090" if config.four_bit else "1xH100" if config.lora_rank else "8xH100"
 
 # %% ../nbs/15b_plan.ipynb #6df4bb45
+def resized(width: int, height: int, # of a picture, pixels
+            side: int, # an image token's edge, pixels
+            least: int, # area, pixels
+            most: int,
+           ) -> tuple[int, int]: # width and height
+    "Returns the size to which Qwen's processor brings a picture: multiples of a token's edge, of about the same ratio, within the area; raises ValueError for a picture more than 200 times as long as it is wide."
+    if max(width, height) > 200 * min(width, height): raise ValueError(f"picture: {width} x {height} pixels; allowed: at most 200 times as long as it is wide")
+    edges = [round(edge / side) * side for edge in (width, height)]
+    if edges[0] * edges[1] > most:
+        shrink = math.sqrt(width * height / most)
+        return tuple(max(side, math.floor(edge / shrink / side) * side) for edge in (width, height))
+    if edges[0] * edges[1] < least:
+        grow = math.sqrt(least / (width * height))
+        return tuple(math.ceil(edge * grow / side) * side for edge in (width, height))
+    return tuple(edges)
+
+
 def picture_grid(config: TrainConfig, # min_pixels and max_pixels
-                 model: PretrainedConfig, # the policy's
+                 model: ModelConfig, # the policy's
                  picture: Sequence[int], # width and height, pixels
                 ) -> tuple[int, int]: # rows and columns of image tokens
     "Returns how a picture is cut into tokens, as the policy's processor would."
     side, (least, most) = model.vision_config.patch_size * model.vision_config.spatial_merge_size, AREAS
     if config.policy not in MODELS:
-        there = Path(policy_path(config.policy, weights=False)) / "preprocessor_config.json" if config.policy == "embedded" or Path(config.policy).is_dir() else None
-        sizes = json.loads(there.read_text(encoding="utf-8")).get("size", {}) if there and there.is_file() else {}
+        there = (EMBEDDED_POLICY if config.policy == "embedded" else Path(config.policy)) / "preprocessor_config.json"
+        sizes = json.loads(there.read_text(encoding="utf-8")).get("size", {}) if there.is_file() else {}
         least, most = sizes.get("shortest_edge", least), sizes.get("longest_edge", most)
-    height, width = smart_resize(picture[1], picture[0], side, config.min_pixels or least, config.max_pixels or most)
+    width, height = resized(*picture, side, config.min_pixels or least, config.max_pixels or most)
     return height // side, width // side
 
 
 @cache
-def _local_processor(policy: str): return load_processor(policy)
+def _counter(policy: str) -> tuple[Callable[[Messages], int], Callable[[str], int]]: # tokens of a chat, and of a text
+    "Returns who counts the tokens of a policy that lies on this disk: of the embedded one its own files, read as they are, of another its processor."
+    if policy == "embedded":
+        tokenizer, template = Tokenizer.from_file(str(EMBEDDED_POLICY / "tokenizer.json")), ImmutableSandboxedEnvironment().from_string((EMBEDDED_POLICY / "chat_template.jinja").read_text(encoding="utf-8"))
+        count = lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+        return lambda chat: count(template.render(messages=chat, add_generation_prompt=True)), count
+    from emo_r3.policy import encode_prompts, load_processor
+    processor = load_processor(policy)
+    return lambda chat: int(encode_prompts(processor, [chat]).lengths[0]), lambda text: len(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def prompt_words(config: TrainConfig, # policy, method, label set, templates
@@ -224,7 +263,7 @@ def prompt_words(config: TrainConfig, # policy, method, label set, templates
 
 
 def _words(config: TrainConfig, messages: Messages, assumed: Assumptions) -> int:
-    if config.policy == "embedded" or Path(config.policy).is_dir(): return int(encode_prompts(_local_processor(config.policy), [messages]).lengths[0])
+    if config.policy == "embedded" or Path(config.policy).is_dir(): return _counter(config.policy)[0](messages)
     return assumed.chat_tokens + round(len(messages[0]["content"][0]["text"]) / assumed.characters_per_token)
 
 
@@ -233,8 +272,8 @@ def question_words(config: TrainConfig, assumed: Assumptions) -> tuple[int, int,
     labels, templates = label_set(config.label_set), PromptTemplates.from_dict(config.templates)
     asked = [_words(config, question, assumed) for question in ([{"role": "user", "content": [{"type": "text", "text": fill_template(templates.consistency, {"step1": ""})}]}], coherence_messages("", "", labels, templates))]
     if config.policy != "embedded" and not Path(config.policy).is_dir(): return *asked, assumed.label_tokens
-    ids = _local_processor(config.policy).tokenizer(list(labels), add_special_tokens=False)["input_ids"]
-    return *asked, sum(map(len, ids)) / len(ids)
+    counted = [_counter(config.policy)[1](label) for label in labels]
+    return *asked, sum(counted) / len(counted)
 
 # %% ../nbs/15b_plan.ipynb #0e95484e
 PUBLISHED_PICTURES = {"emoset": (94_481, 17_716), "emotion6": (1_386, 594), "webemo": (213_952, 53_489)}  # to train on and to test on: rows of the published splits; of Emotion6, which has none, the paper's
@@ -294,7 +333,7 @@ class Sizes:
 
 # %% ../nbs/15b_plan.ipynb #986820ad
 def sizes_of(config: TrainConfig,
-             model: PretrainedConfig, # the policy's
+             model: ModelConfig, # the policy's
              assumed: Assumptions = Assumptions(),
              pictures: int | None = None, # that are there to train on; None: as published, or train_size
              tested: int | None = None, # that are there to evaluate on; None: the same, eval_size a domain
@@ -439,7 +478,7 @@ def number_bytes(config: TrainConfig,
 
 # %% ../nbs/15b_plan.ipynb #d043e993
 def memory_of(config: TrainConfig,
-              model: PretrainedConfig, # the policy's
+              model: ModelConfig, # the policy's
               sizes: Sizes,
               world: int = 1, # ranks
               device: float = 0.0, # bytes that the device has, of which an engine takes a share
@@ -517,7 +556,7 @@ class Phase:
     bound: str  # what it waits for: compute, memory, launches or link
 
 # %% ../nbs/15b_plan.ipynb #ea5604eb
-def decode_phase(config: TrainConfig, model: PretrainedConfig, gpu: Gpu, assumed: Assumptions, prompts: float, G: int, P: float, R: float, flops: float, world: int) -> Phase:
+def decode_phase(config: TrainConfig, model: ModelConfig, gpu: Gpu, assumed: Assumptions, prompts: float, G: int, P: float, R: float, flops: float, world: int) -> Phase:
     "Returns drawing R tokens for each of G completions of some prompts on a rank; `flops`: of all ranks."
     s, n, bf16 = Shape.of(model), count_parameters(model), config.precision == "bf16"
     groups = max(1, ROWS_AT_ONCE // G)
@@ -535,7 +574,7 @@ def decode_phase(config: TrainConfig, model: PretrainedConfig, gpu: Gpu, assumed
     return Phase(flops, flops, max(compute, memory) + launches, slowest[0])
 
 # %% ../nbs/15b_plan.ipynb #0bc4bcba
-def exchanged_bytes(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, world: int) -> float:
+def exchanged_bytes(config: TrainConfig, model: ModelConfig, sizes: Sizes, world: int) -> float:
     "Returns what a rank sends in a step: gradients once an update, and weights as often as they are gathered."
     n, how, updates = count_parameters(model, config.lora_rank), how_sharded(config, world), sizes.updates / sizes.steps
     learned, b, share = trains(config, n)[0], 2 if config.precision == "bf16" else 4, (world - 1) / world
@@ -546,7 +585,7 @@ def exchanged_bytes(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, 
     return share * (rows * (4 * learned + 2 * b * n.base) + (config.method != "sft") * b * n.base + scored * rows * b * n.base)
 
 # %% ../nbs/15b_plan.ipynb #6669e003
-def phases_of(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, world: int, gpu: Gpu, assumed: Assumptions = Assumptions()) -> dict[str, Phase]:
+def phases_of(config: TrainConfig, model: ModelConfig, sizes: Sizes, world: int, gpu: Gpu, assumed: Assumptions = Assumptions()) -> dict[str, Phase]:
     "Returns the phases of a step on some devices, with the seconds that each would take."
     s, out = Shape.of(model), {}
     peak = 1e12 * (gpu.tflops if config.precision == "bf16" else gpu.fp32_tflops) * world
@@ -575,16 +614,15 @@ def read_record(name: str, # of a file there
 
 
 @cache
-def _recorded_model(shape: str) -> PretrainedConfig:
+def _recorded_model(shape: str) -> ModelConfig:
     if not shape.startswith("{"): return model_config(shape)
-    values = json.loads((Path(policy_path("embedded", weights=False)) / "config.json").read_text(encoding="utf-8"))
-    for part, other in json.loads(shape).items(): values[part] = {k: v for k, v in values[part].items() if k != "layer_types"} | other
-    return Qwen2_5_VLConfig(**values)
+    values = _embedded_config()
+    return ModelConfig.of(values | {part: values[part] | other for part, other in json.loads(shape).items()})
 
 
 def recorded_run(case: Mapping, # what a benchmark ran: prompts, lengths, and fields of TrainConfig
                  shape: Mapping | str = "embedded", # of its policy: one that is known here, or what its configuration has in place of the embedded policy's
-                ) -> tuple[TrainConfig, PretrainedConfig, Sizes]:
+                ) -> tuple[TrainConfig, ModelConfig, Sizes]:
     "Returns the run that a record's case was, for the formulas."
     model = _recorded_model(shape if isinstance(shape, str) else json.dumps(shape))
     B, G, side = case["prompts"], case["num_generations"], case["side"]
@@ -682,7 +720,7 @@ def gpu_rows(folder: Path = RECORDS) -> list[tuple[str, Gpu, dict, str]]: # file
     return out
 
 
-def _learning(config: TrainConfig, model: PretrainedConfig, sizes: Sizes) -> float: return step_costs(config, Shape.of(model), sizes)["update"].total
+def _learning(config: TrainConfig, model: ModelConfig, sizes: Sizes) -> float: return step_costs(config, Shape.of(model), sizes)["update"].total
 
 # %% ../nbs/15b_plan.ipynb #1781a5f0
 def gpu_times(rows: Sequence[tuple[str, Gpu, dict, str]], assumed: Assumptions) -> list[Timed]:
@@ -797,7 +835,7 @@ def plan_run(config: TrainConfig, # every choice of the run
     return replace(plan, ways_out=(*ways_out(config, model, sizes, world, room * 1e9, assumed, gpu.memory_gb * 1e9), *((f"{world}x{name}", plan.memory.peak) for name in larger[:3])))
 
 # %% ../nbs/15b_plan.ipynb #0fcc5d8a
-def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, world: int, gpu: Gpu, assumed: Assumptions) -> float:
+def evaluation_s(config: TrainConfig, model: ModelConfig, sizes: Sizes, world: int, gpu: Gpu, assumed: Assumptions) -> float:
     "Returns the seconds of a run's evaluations: greedy answers before and after, and some during training, shared by the ranks."
     s = Shape.of(model)
     seen = sizes.evaluated * (2 if config.evaluate_before else 1) + sizes.evaluated_during
@@ -809,7 +847,7 @@ def evaluation_s(config: TrainConfig, model: PretrainedConfig, sizes: Sizes, wor
 
 # %% ../nbs/15b_plan.ipynb #306feba3
 def ways_out(config: TrainConfig,
-             model: PretrainedConfig, # the policy's
+             model: ModelConfig, # the policy's
              sizes: Sizes,
              world: int, # ranks
              room: float, # bytes that a rank may take

@@ -491,7 +491,7 @@ def _kind(error: Exception, otherwise: str) -> str:
 
 def _check_rows(rows: Iterable[Row], labels: LabelSet, label_map: Mapping[str, str], split: str, problems: list[Problem]) -> tuple[Counter, list[EmotionExample]]:
     "Counts rows by label, and returns the examples whose pictures seem to be there."
-    counts, found, seen = Counter(), [], Counter()
+    counts, found = Counter(), []
     for where, picture, written, name in rows:
         counts["all"] += 1
         bad = picture if isinstance(picture, Exception) else None

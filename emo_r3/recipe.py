@@ -13,13 +13,12 @@ from dataclasses import fields
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import yaml
 
+from .config import TrainConfig, make_config
 from .data import did_you_mean
-
-if TYPE_CHECKING: from emo_r3.train import TrainConfig  # imported where a configuration is made: it brings torch along, and `emo-r3 --help` needs only names
 
 # %% ../nbs/14d_recipes.ipynb #a37cffe8
 RECIPES = resources.files("emo_r3") / "recipes"
@@ -104,9 +103,8 @@ def parse_option(name: str, # the field's
 # %% ../nbs/14d_recipes.ipynb #704fd671
 def run_config(recipe: str, # a name or a path
                options: Mapping[str, str], # fields given on the command line, as text
-              ) -> tuple[str, "TrainConfig"]: # the recipe's short name, and the configuration
+              ) -> tuple[str, TrainConfig]: # the recipe's short name, and the configuration
     "Returns a run's configuration; raises FileNotFoundError or ValueError, naming recipe or field, for what cannot work."
-    from emo_r3.train import TrainConfig, make_config
     name, values = read_recipe(recipe)
     if options.get("method") == "sft": options = {"num_generations": "1", "beta": "0"} | dict(options)  # what a recipe for sampling sets
     kinds = {f.name: f.type for f in fields(TrainConfig)}

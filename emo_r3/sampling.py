@@ -19,7 +19,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .groups import PictureFeatures, cut_groups, encode_pictures, forward_packed, group_logps, pack_groups, text_model
+from .cost import cut_groups
+from .groups import PictureFeatures, encode_pictures, forward_packed, group_logps, pack_groups, text_model
 from .policy import Prompts, VLProcessor, as_reference, banned_tokens, completion_logps, encode_prompts, reads_once, unwrapped
 from .prompts import Messages
 

@@ -14,7 +14,8 @@ from emo_r3.policy import join_prompts, load_policy
 from emo_r3.ranks import Ranks
 from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.train import Rollouts, Trainer, begin_step, make_config, plain_config, score_rollouts, train, update, widened
+from emo_r3.config import make_config, plain_config
+from emo_r3.train import Rollouts, Trainer, begin_step, score_rollouts, train, update, widened
 from test_resume import BASE
 from two_ranks import stop_where_told
 

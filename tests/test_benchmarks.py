@@ -15,7 +15,7 @@ import forms  # noqa: E402
 import gpu_step  # noqa: E402
 import step  # noqa: E402
 from contenders import Case, Meter, Ours, Trl  # noqa: E402
-from emo_r3.groups import Shape  # noqa: E402
+from emo_r3.cost import Shape  # noqa: E402
 
 SMALL = Case(prompts=1, num_generations=3, prompt_tokens=130, completion_tokens=9, beta=0.0)
 

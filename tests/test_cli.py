@@ -151,7 +151,7 @@ def test_a_run_s_config_is_a_recipe(folder):
 
 
 def test_train_help_explains_every_field(capsys, monkeypatch):
-    from emo_r3.train import TrainConfig
+    from emo_r3.config import TrainConfig
     monkeypatch.setenv("COLUMNS", "1000")
     code, out, _ = run_main(capsys, "train", "--help")
     assert code == 0
@@ -428,7 +428,7 @@ def test_other_places_where_no_data_is(folder, capsys):
 # ---- out of memory
 
 def test_advice_for_want_of_memory_is_by_what_is_asked(folder, capsys, monkeypatch):
-    from emo_r3.train import TrainConfig
+    from emo_r3.config import TrainConfig
     def advised(*words):
         def burst(args):
             "Runs out of memory."

@@ -25,7 +25,8 @@ from emo_r3.prompts import consistency_messages, set_messages
 from emo_r3.rewards import RewardWeights, consistency_reward, coherence_reward, parse_coherence, parse_consistency, reward_completion
 from emo_r3.sampling import PolicyJudge, PolicySampler, next_token_logps
 from emo_r3.scenes import make_scenes
-from emo_r3.train import Trainer, collect, make_config, train_step, update
+from emo_r3.config import make_config
+from emo_r3.train import Trainer, collect, train_step, update
 
 BOUND = 1e-5  # nats; a clean re-score is off by about 1e-6, each mistake by 1e-2 and more
 FORMS = {"packed": lambda model, g, temperature=1.0: group_logps(model, *g.shared, temperature), "plain": plain_logps}

@@ -27,7 +27,7 @@ from emo_r3.experiments import (CELLS_OWN, EMBEDDED_SETS, EXPERIMENTS, METHOD_OP
                                 collect_cell, collect_cells, compare_rows, comparison_grids, comparisons, draw_curves, evaluation_record, experiment, experiment_cells, experiment_rows, grid_latex, grid_markdown, grid_text,
                                 in_and_out, last_words, origin_lines, paper_grid, picture_differences, read_curves, read_data_sets, run_cells, score, shell_line, step_times, table_csv, table_grids, table_rows, task_config)
 from emo_r3.scenes import domain_label_set, make_scenes
-from emo_r3.train import plain_config
+from emo_r3.config import plain_config
 
 REAL = read_data_sets("emoset=data/EmoSet-118K,emotion6=data/Emotion6,webemo=data/WEBEmo")
 

@@ -30,7 +30,7 @@ from emo_r3.explore import (Html, Line, RunReport, browse_groups, clip_explorer,
 from emo_r3.parsing import parse_set
 from emo_r3.rewards import RewardWeights, coherence_reward, consistency_reward, reward_completion
 from emo_r3.scenes import BOOK_COMPLETIONS, book_example, is_grounded, make_scenes, scene_objects
-from emo_r3.train import make_config
+from emo_r3.config import make_config
 
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"></style></title>'\"&amp; \u202e \x00\x07 \ud800 ]]> ${x}"
 FEELS = dict(fear="shiver and want to hide", amusement="laugh at the joke", awe="stare in wonder", contentment="relax and breathe out", excitement="jump up with energy",

@@ -18,7 +18,8 @@ from emo_r3.export import Probe, Source, export_policy, find_source, merged, mod
 from emo_r3.policy import add_lora, completion_logps, encode_prompts, load_policy, save_policy
 from emo_r3.prompts import set_messages
 from emo_r3.scenes import make_scenes
-from emo_r3.train import make_config, train
+from emo_r3.config import make_config
+from emo_r3.train import train
 
 SMALL = make_config(dict(policy="embedded", train_size=8, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, learning_rate=1e-3, freeze_vision=True, precision="fp32", min_pixels=None, max_pixels=None,
                          eval_every=1, sample_every=0, save_every=1, max_steps=2, trackers=()))

@@ -9,7 +9,8 @@ from policies import (KINDS, Groups, answers, double_throughout, far, gradient, 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import emo_r3.groups
-from emo_r3.groups import PictureFeatures, checkpointed, cut_groups, encode_pictures, forward_packed, group_logps, pack_groups, predicting_slots
+from emo_r3.cost import cut_groups
+from emo_r3.groups import PictureFeatures, checkpointed, encode_pictures, forward_packed, group_logps, pack_groups, predicting_slots
 from emo_r3.policy import completion_logps, encode_prompts, has_adapter, load_policy, logits_to_logps, save_policy, unwrapped
 from emo_r3.prompts import set_messages
 from emo_r3.sampling import PolicySampler

@@ -3,6 +3,7 @@ import _thread
 import contextvars
 import gc
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -394,7 +395,7 @@ class Nameless:
     *((dict(name=name), "name: got ") for name in ("two words", "a/b", "1st", "a-b", "rewards.a", "größe", "a\n", 7)),
     *((dict(weight=weight), "weight: got ") for weight in (math.nan, math.inf, -math.inf, None, "0.1", True, 1j)),
     *((dict(timeout_s=timeout_s), "timeout_s: got ") for timeout_s in (0, -1.0, math.nan, "60", False)),
-], ids=str)
+], ids=lambda v: re.sub(r" at 0x\w+", "", str(v)))  # the same in every process
 def test_extra_rewards_that_cannot_be_meant(kwargs, words):
     with pytest.raises(ValueError, match="^extra reward") as e: ExtraReward(**{"function": function, "weight": 0.1, **kwargs})
     assert words in str(e.value) and "allowed: " in str(e.value)

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from test_loss import RATIOS, RECIPE, batch, gap, trl_loss, value_and_grad  # noqa: F401 (trl_loss is a fixture)
 
 from emo_r3.advantages import batch_normalize, gdpo_advantages, gdpo_sums, group_advantages
-from emo_r3.loss import LOSS_TYPES, cispo_loss, grpo_loss, loss_normalizer, sampler_correction, token_weights
+from emo_r3.config import LOSS_TYPES
+from emo_r3.loss import cispo_loss, grpo_loss, loss_normalizer, sampler_correction, token_weights
 
 NAMES = list(LOSS_TYPES)
 T_MAX = 9

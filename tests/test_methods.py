@@ -9,13 +9,15 @@ from policies import double_throughout, processor
 import emo_r3.train as loop
 from emo_r3.checkpoint import Stopped
 from emo_r3.data import EMOSET8
-from emo_r3.loss import LOSS_TYPES, grpo_loss
+from emo_r3.config import LOSS_TYPES
+from emo_r3.loss import grpo_loss
 from emo_r3.parsing import read_completion
 from emo_r3.policy import add_lora, banned_tokens, encode_prompts, load_policy, unwrapped
 from emo_r3.prompts import direct_messages
 from emo_r3.rewards import ExtraReward, RewardRecord
 from emo_r3.scenes import make_scenes
-from emo_r3.train import Depleted, Experience, Trainer, begin_step, collect, group_means, join, loss_options, make_config, take_groups, to_advantages, train, train_step, update
+from emo_r3.config import loss_options, make_config
+from emo_r3.train import Depleted, Experience, Trainer, begin_step, collect, group_means, join, take_groups, to_advantages, train, train_step, update
 from test_resume import BASE, Evaluating, at_call, everything, go, kill, terminate
 
 ALONE = replace(BASE, lr_schedule="constant")  # for single steps

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from emo_r3.train import TrainConfig, make_config
+from emo_r3.config import TrainConfig, make_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)

@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -14,18 +15,22 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import emo_r3.policy
-from emo_r3 import cli
-from emo_r3.groups import Shape, checkpointed, encode_pictures, group_logps
+from emo_r3 import cli, plan
+from emo_r3.config import TrainConfig
+from emo_r3.cost import Shape
+from emo_r3.data import emotion_question, label_set
+from emo_r3.groups import checkpointed, encode_pictures, group_logps
 from emo_r3.plan import (CLOSE, GPUS, LIMITS, MODELS, MOMENTS, NF4_BYTES, RECORDS, STATE_BYTES, Assumptions, Row, Timed, choices_table, count_parameters, cpu_times, exchanged_bytes, fit_speeds, gpu_rows, known_gpu, left_out,
-                         memory_of, memory_ratios, model_config, operation_ratios, parse_gpus, phases_of, picture_grid, plan_run, plan_table, recorded_run, rests_on, rows_of, savings, sizes_of, sizes_table, step_costs, text_layer_bytes,
+                         memory_of, memory_ratios, model_config, operation_ratios, parse_gpus, phases_of, picture_grid, plan_run, plan_table, recorded_run, resized, rests_on, rows_of, savings, sizes_of, sizes_table, step_costs, text_layer_bytes,
                          tower_bytes, usual_gpus, validation_pictures, vision_layer_bytes, ways_out)
 from emo_r3.policy import EMBEDDED_POLICY, Prompts, add_lora, encode_prompts, load_policy, load_processor
-from emo_r3.prompts import method_messages
+from emo_r3.prompts import PromptTemplates, coherence_messages, method_messages
 from emo_r3.recipe import RECIPES
 from emo_r3.scenes import make_scenes
-from emo_r3.train import TrainConfig, make_optimizer
+from emo_r3.train import make_optimizer
 
 THREE_B, SEVEN_B = MODELS
 FULL_SCALE = ("emoset_8gpu", "emotion6_8gpu", "emoset_8gpu_dapo", "emoset_8gpu_sft", "emoset_1gpu_lora", "emoset_1gpu_4bit")
@@ -159,8 +164,7 @@ def test_pictures_keep_the_bounds(size, grid):  # width and height; rows and col
 
 @pytest.mark.parametrize("policy", [*MODELS, "embedded"])
 def test_weights_are_those_of_the_real_class(policy):
-    config = model_config(policy)
-    with torch.device("meta"): model = Qwen2_5_VLForConditionalGeneration(config)
+    config, model = model_config(policy), meta_model(policy)
     n = count_parameters(config)
     assert n.base == sum(p.numel() for p in model.parameters()) and n.vision == sum(p.numel() for p in model.model.visual.parameters())
     assert n.text == sum(p.numel() for p in model.model.language_model.parameters()) - n.head
@@ -190,7 +194,9 @@ def test_four_bits_weigh_what_bitsandbytes_needs():
 # ---- memory
 
 def meta_model(policy=THREE_B):
-    with torch.device("meta"): return Qwen2_5_VLForConditionalGeneration(model_config(policy))
+    "Returns transformers' own class, from transformers' own reading of the configuration."
+    values = MODELS[policy] if policy in MODELS else json.loads((EMBEDDED_POLICY / "config.json").read_text())
+    with torch.device("meta"): return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**values))
 
 
 def test_memory_of_full_training_by_hand():
@@ -690,6 +696,8 @@ def test_a_policy_of_unknown_shape_is_refused_and_a_folder_is_read(tmp_path):
     with pytest.raises(ValueError, match="its shape is not known without a download"): model_config("Qwen/Qwen2.5-VL-72B-Instruct")
     with pytest.raises(ValueError, match="did you mean"): model_config("Qwen/Qwen2.5-VL-3B-Instuct")
     assert Shape.of(model_config(str(EMBEDDED_POLICY))) == Shape.of(AutoConfig.from_pretrained(str(EMBEDDED_POLICY)))
+    for policy, values in (*MODELS.items(), ("embedded", json.loads((EMBEDDED_POLICY / "config.json").read_text()))):  # our own reading is transformers'
+        assert Shape.of(model_config(policy)) == Shape.of(theirs := Qwen2_5_VLConfig(**values)) and count_parameters(model_config(policy), 8) == count_parameters(theirs, 8)
 
 
 # ---- the command
@@ -813,3 +821,30 @@ def test_every_recipe_is_planned_on_any_number_of_devices_and_its_advice_is_acce
             advised = dict(part.split(" = ") for part in words.split(", ")) if "{" not in words else {}
             changed = replace(plan.config, **{field: json.loads(value) for field, value in advised.items()})  # what it advises is no error
             assert changed != plan.config or not advised
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pictures_are_resized_as_the_processor_does(seed):
+    random = Random(seed)
+    for _ in range(2000):
+        width, height, side = random.randint(1, 5000), random.randint(1, 5000), random.choice((24, 28))
+        least = random.choice((3_136, 200_704, 262_144)); most = least * random.choice((1, 2, 16, 100))
+        if max(width, height) > 200 * min(width, height):
+            with pytest.raises(ValueError, match="200 times"): resized(width, height, side, least, most)
+        else: assert resized(width, height, side, least, most)[::-1] == smart_resize(height, width, side, least, most), (width, height, side, least, most)
+
+
+def test_words_are_counted_as_the_processor_counts_them():
+    processor = load_processor("embedded")
+    for name in ("emoset8", "emotion6", "webemo7"):
+        labels, templates = label_set(name), PromptTemplates()
+        for chat in (method_messages("emo_r3", emotion_question(labels), None, templates), coherence_messages("", "", labels, templates)):
+            assert plan._counter("embedded")[0](chat) == int(encode_prompts(processor, [chat]).lengths[0]) == plan._counter(str(EMBEDDED_POLICY))[0](chat)
+        for label in labels: assert plan._counter("embedded")[1](label) == len(processor.tokenizer(label, add_special_tokens=False)["input_ids"])
+
+
+@pytest.mark.parametrize("name", ("emoset_8gpu", "scenes_cpu"))
+def test_a_plan_loads_neither_torch_nor_transformers(name):
+    asked = f"import sys; from emo_r3.cli import main; main(['plan', '{name}']); print('LOADED', *sorted({{'torch', 'transformers', 'huggingface_hub', 'sklearn'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "LOADED", done.stderr[-2000:] + done.stdout[-200:]

@@ -19,7 +19,8 @@ from emo_r3.policy import add_lora, load_policy
 from emo_r3.rewards import ExtraReward, UserCodeError
 from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.train import make_config, train
+from emo_r3.config import make_config
+from emo_r3.train import train
 
 BASE = make_config(dict(policy="embedded", train_size=8, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, learning_rate=1e-4, lr_schedule="linear", freeze_vision=True,
                         precision="fp32", min_pixels=None, max_pixels=None, eval_every=2, sample_every=2, save_every=2, epochs=2, max_steps=4, trackers=()))

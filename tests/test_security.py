@@ -547,7 +547,7 @@ def tree(root: Path) -> dict[str, str]: return {str(p.relative_to(root)): hashli
 def trained_on(names, tiny, out: Path) -> None:  # noqa: F811
     "A run on pictures of these names, its samples, checkpoints and report."
     from emo_r3.policy import load_policy, load_processor
-    from emo_r3.train import make_config
+    from emo_r3.config import make_config
     from emo_r3.train import train as train_api
     examples = [EmotionExample(Image.new("RGB", (32, 32)), "Which?", "fear", EMOTION6, id=name, domain=name) for name in names]
     config = make_config(yaml.safe_load((tiny / "tiny.yaml").read_text()) | dict(label_set="emotion6", train_size=len(names), prompts_per_step=2, max_steps=len(names) // 2, save_every=1, trackers=["tensorboard"]))

@@ -17,7 +17,8 @@ from test_resume import BASE
 from emo_r3.ranks import Ranks, even_shares
 from emo_r3.scenes import make_scenes
 from emo_r3.sharding import Spread, launched_sharding
-from emo_r3.train import make_config, plain_config, train
+from emo_r3.config import make_config, plain_config
+from emo_r3.train import train
 
 SCRIPT = Path(__file__).parent / "sharded_ranks.py"
 SAME = ("reward", "reward_std", "loss", "kl", "entropy", "grad_norm", "clip_ratio/high_mean", "clip_ratio/low_mean", "rewards/accuracy/mean", "completions/mean_length", "completions/min_length", "completions/max_length", "learning_rate")

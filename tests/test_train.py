@@ -20,7 +20,9 @@ from emo_r3.prompts import set_messages
 from emo_r3.reflection import reflect
 from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.train import (TrainConfig, Trainer, collect, epoch_order, make_config, make_optimizer, number_of_steps, pieces, place_of_step, reward_weights, score_rollouts, train, train_step, update)
+from emo_r3.config import TrainConfig, make_config, number_of_steps, reward_weights
+from emo_r3.cost import Shape
+from emo_r3.train import Trainer, collect, epoch_order, make_optimizer, pieces, place_of_step, score_rollouts, train, train_step, update
 
 SMALL = make_config(dict(policy="embedded", train_size=16, prompts_per_step=4, prompts_per_update=4, num_generations=4, max_completion_tokens=56, learning_rate=1e-4,
                          precision="fp32", min_pixels=None, max_pixels=None, eval_every=1, sample_every=1, max_steps=2, trackers=("tensorboard",)))
@@ -262,7 +264,7 @@ def test_utilisation_counts_needed_work_only(processor, examples, monkeypatch):
     needed = emo_r3.train.update_flops(trainer, experience)
     assert m["perf/mfu"] == pytest.approx(needed / (m["timing_s/update"] * 0.05e12))
     lengths, prompt = experience.rollouts.lengths.tolist(), experience.rollouts.prompts.lengths.tolist()
-    text = shape = emo_r3.groups.Shape.of(trainer.policy.config)
+    text = shape = Shape.of(trainer.policy.config)
     by_hand = sum(2 * shape.N_b * n for n in (*prompt, *lengths)) + 2 * shape.V * shape.h * sum(lengths)
     attention = 4 * text.L * text.n_h * text.d * sum(P**2 / 2 + sum(r * P + r**2 / 2 for r in lengths[4 * k: 4 * k + 4]) for k, P in enumerate(prompt))
     assert needed == pytest.approx(3 * (by_hand + attention) + 3 * 4 * text.picture(4, 4).total)

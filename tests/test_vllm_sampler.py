@@ -30,8 +30,10 @@ from emo_r3.policy import Picture, add_lora, completion_logps, encode_prompts, l
 from emo_r3.prompts import coherence_messages, consistency_messages, set_messages
 from emo_r3.sampling import PolicyJudge, PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.train import Trainer, make_config, run_sampler, train_step
-from emo_r3.vllm_sampler import (BOUNDS, LORA_RANKS, Ask, Drawn, LocalEngine, PromptMismatch, ServedEngine, ServerWorker, StaleWeights, VLLMSampler, adapter_rank, as_served, branches, check_engine, check_probe,
+from emo_r3.config import make_config
+from emo_r3.train import Trainer, run_sampler, train_step
+from emo_r3.config import LORA_RANKS, check_engine
+from emo_r3.vllm_sampler import (BOUNDS, Ask, Drawn, LocalEngine, PromptMismatch, ServedEngine, ServerWorker, StaleWeights, VLLMSampler, adapter_rank, as_served, branches, check_probe,
                                  check_read, engine_settings, full_weights, make_sampler, narrowed, resized, rollouts_of, spread_seeds, whole, write_adapter)
 
 
@@ -617,7 +619,8 @@ emo_r3.vllm_sampler.PROBE_TEXT = "A quiet lake."
 from emo_r3.policy import load_policy, load_processor
 from emo_r3.ranks import Ranks
 from emo_r3.scenes import make_scenes
-from emo_r3.train import make_config, train
+from emo_r3.config import make_config
+from emo_r3.train import train
 from emo_r3.vllm_sampler import VLLMSampler
 from stand_in import StandIn
 config = make_config(dict(policy="embedded", train_size=8, prompts_per_step=4, prompts_per_update=4, num_generations=2, max_completion_tokens=12, learning_rate=1e-3, precision="fp32", min_pixels=None, max_pixels=None,

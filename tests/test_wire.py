@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from emo_r3.scenes import make_scenes
-from emo_r3.wire import NoAnswer, Server, data_url, in_a_line, is_address
+from emo_r3.data import is_address
+from emo_r3.wire import NoAnswer, Server, data_url, in_a_line
 
 
 @contextmanager
