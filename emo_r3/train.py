@@ -156,9 +156,9 @@ def run_sampler(config: TrainConfig, # says who draws
     return make_sampler(config.sampler, config.vllm, policy, processor, ranks, **written_answers(config))
 
 
-def correction_cap(config: TrainConfig, sampler: Sampler) -> float | None:
+def correction_cap(config: TrainConfig, sampler: Sampler, policy: PreTrainedModel) -> float | None:
     "Returns at most how much a token's loss is weighted by trainer / sampler probability; None: it is not weighted."
-    if config.tis_cap is None: return None if isinstance(sampler, PolicySampler) else 2.0
+    if config.tis_cap is None: return None if isinstance(sampler, PolicySampler) and sampler.model is policy else 2.0
     return config.tis_cap or None
 
 
@@ -244,7 +244,7 @@ def update(trainer: Trainer, # holds policy and optimizer
           ) -> dict[str, float]:
     "Takes one optimizer step on a part of the rollouts of every rank; returns its metrics. Raises FloatingPointError, weights untouched, if loss or gradient is not finite. (Eq. 1)"
     c, ranks, spread, rollouts, metrics, gap = trainer.config, trainer.ranks, trainer.spread, experience.rollouts, {"loss": 0.0}, 0.0
-    options, cap = loss_options(c), correction_cap(c, trainer.sampler)
+    options, cap = loss_options(c), correction_cap(c, trainer.sampler, trainer.policy)
     all_tokens = rollouts.completion_mask.view(len(experience.examples), -1)[pictures].view(-1, rollouts.completion_mask.shape[1])  # (n, T)
     counted = loss_normalizer(all_tokens, options["average"])
     if ref_logps is None: pictures = pictures[(experience.advantages[pictures] != 0).any(1)]  # equal rewards: no gradient without a KL penalty
@@ -1105,7 +1105,7 @@ def train(config: TrainConfig, # every choice
             if after: run.record(run.progress.step + 1 + bool(ended), eval_metrics(after))
         p = run.progress
         summary = {"recipe": recipe, "method": config.method, "seed": config.seed, "steps": p.step, "wall_s": round(p.wall_s + time.monotonic() - run.started, 1), "before": p.before, "after": after, "commit": source_commit(), "versions": library_versions(),
-                   **({"ended": ended} if ended else {}), **({"reported": reported} if reported else {}),
+                   **({"corrected_up_to": cap} if (cap := correction_cap(config, trainer.sampler, policy)) else {}), **({"ended": ended} if ended else {}), **({"reported": reported} if reported else {}),
                    **({"best": {"validation_accuracy": p.best[0], "checkpoint": p.best[1]}} if p.best else {}), **(conclude() if conclude else {})}
         weights = whole_weights(trainer)
         if ranks.first:

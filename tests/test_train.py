@@ -9,6 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 import yaml
+from accelerate.utils import LoggerType
 from policies import double_throughout, pictures_read
 
 import emo_r3.groups
@@ -20,7 +21,7 @@ from emo_r3.prompts import set_messages
 from emo_r3.reflection import reflect
 from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
-from emo_r3.config import TrainConfig, make_config, number_of_steps, reward_weights
+from emo_r3.config import TRACKERS, TrainConfig, make_config, number_of_steps, reward_weights
 from emo_r3.cost import Shape
 from emo_r3.train import Trainer, collect, epoch_order, make_optimizer, pieces, place_of_step, score_rollouts, train, train_step, update
 
@@ -424,3 +425,12 @@ def test_a_sampler_is_closed_by_whoever_made_it(monkeypatch, tmp_path, processor
     given = Engine(policy := load_policy(), processor)
     train(config, policy, processor, examples, tmp_path / "given", sampler=given)
     assert given.closed == 0 and len(made) == 1
+
+
+def test_trackers_are_accelerate_s(): assert set(TRACKERS) == {t.value for t in LoggerType} - {"all"}
+
+
+def test_a_run_says_how_far_it_was_corrected(monkeypatch, tmp_path, processor, examples):
+    monkeypatch.setattr(emo_r3.train, "run_sampler", lambda config, policy, processor, *rest: PolicySampler(load_policy(), processor))  # another copy, as an engine has
+    summary = train(replace(SMALL, max_steps=1), load_policy(), processor, examples, tmp_path / "run")
+    assert summary["corrected_up_to"] == 2.0 and json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)

