@@ -30,7 +30,7 @@ import torch
 from contenders import Case, Ours, Phases, Trl, write
 from flops import forward_cost, sampling_cost, step_cost, update_cost
 
-from emo_r3.cost import Shape
+from emo_r3.cost import Shape, known_gpu
 from emo_r3.parsing import parse_set
 from emo_r3.plan import LIMITS, Assumptions, known_gpu, memory_of, phases_of, recorded_run
 from emo_r3.policy import EMBEDDED_POLICY
@@ -48,7 +48,6 @@ TINY = {"text_config": {"hidden_size": 64, "intermediate_size": 128, "num_hidden
 POLICIES = {"full": {}, "full_fp32": {"weights": "float32"}, "full_8bit": {"weights": "float32", "beta": 0.0}, "lora": {"lora_rank": 64, "weights": "bfloat16"}, "four_bit": {"lora_rank": 64, "four_bit": True, "weights": "bfloat16"}}
 OURS_ALONE = ("full_fp32", "full_8bit")  # as ours holds weights that learn; the second with the 8-bit optimizer and without a reference, which is what 80 GB take
 OPTIMIZERS = {"full_8bit": "paged_adamw_8bit", "four_bit": "paged_adamw_8bit"}  # the others: adamw
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "H20": 148e12, "L40S": 362e12, "4090": 165e12}  # dense bf16, operations a second
 
 
 def model_folder(shape: dict, folder: Path, device: str) -> Path:
@@ -179,7 +178,8 @@ def figures(found: dict, case: Case, peak: float | None) -> dict:
 def peak_of(device: str, given: float | None) -> float | None:
     "Returns the device's peak in operations a second, None where it is not known."
     if given: return given * 1e12
-    return next((p for name, p in PEAKS.items() if device != "cpu" and name in torch.cuda.get_device_name()), None)
+    gpu = known_gpu(torch.cuda.get_device_name()) if device != "cpu" else None
+    return gpu.tflops * 1e12 if gpu and gpu.tflops else None
 
 
 def in_a_process(case: Case, *rest: str | int) -> dict:

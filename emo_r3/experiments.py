@@ -440,7 +440,7 @@ def run_cells(
                 for future in as_completed(futures):
                     wrong, seconds = future.result()
                     if wrong: failed[futures[future]] = wrong
-                    say(f"{futures[future].name}: {'failed' if wrong else 'done'}, {seconds:,.0f} s ({sum(f.done() for f in futures)} of {len(futures)})")
+                    say(f"{futures[future].name}: {'failed' if wrong else 'done'}, {seconds:,.0f} s ({sum(f.done() for f in futures)} of {len(futures)}){f': {wrong}' if wrong else ''}")
         except BaseException:
             runner.stop()
             for future in futures: future.cancel()
@@ -1159,6 +1159,8 @@ def experiment(
         return {}
     done = sum(all(task.done for task in ts) for ts in tasks.values())
     ran, failed = not collect and done < len(tasks), {}
+    for name_of, path in sets.paths.items() if ran else ():
+        if not Path(path).exists(): raise FileNotFoundError(f"--data: {name_of} = {path!r}: no such file or folder; nothing was run")
     if not collect: check_before_running(tasks)
     say(f"{len(tasks)} cells, {done} done already" + (f"; logs in {folder / 'logs'}" if ran else ""))
     try: failed = run_cells(tasks, Runner(folder / "logs", launch, single=at_once > 1), at_once, say) if ran else {}

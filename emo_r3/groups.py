@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cost import ENCODED_AT_ONCE, LOGITS_AT_ONCE
+from .cost import ENCODED_AT_ONCE, LOGITS_AT_ONCE, MAX_FEATURES
 from .policy import Picture, Prompts, logits_to_logps, unwrapped
 
 if TYPE_CHECKING: from peft import PeftModel
@@ -151,7 +151,7 @@ def encode_pictures(model: "PreTrainedModel | PeftModel", # whose vision tower
 class PictureFeatures:
     "Remembers what a vision tower made of pictures; whoever changes the tower's weights must call `clear`."
     def __init__(self, model: "PreTrainedModel | PeftModel", # whose vision tower
-                 max_tokens: int = 2**18, # how many picture tokens are kept; the oldest unused go first (3B in bf16: 4 kB a token)
+                 max_tokens: int = MAX_FEATURES, # how many picture tokens are kept; the oldest unused go first (3B in bf16: 4 kB a token)
                  drop_pixels: bool = False, # forget prepared pixels once they are encoded; for a tower that will not learn from them
                 ): self.model, self.max_tokens, self.drop_pixels, self.kept = model, max_tokens, drop_pixels, OrderedDict()
 

@@ -349,10 +349,10 @@ class _Server:
 
     def _once(self, path: str, body: Mapping | None) -> Any:
         "What is answered to one request. Raises JudgeError."
-        where, key = f"judge at {self.url}{path}", os.environ.get(KEY_VARIABLE)
+        where, key = f"judge at {self.url}{path}", os.environ.get(KEY_VARIABLE, "").strip()  # read from a file, it ends in a line's end
         try: came = self.wire.ask(path, body, {"Authorization": f"Bearer {key}"} if key else None)
         except wire.NoAnswer as error:
-            hint = "; does the address end in /v1?" if error.status == 404 and "/v1/" not in self.url + path else f"; the key is read from {KEY_VARIABLE}" if error.status in (401, 403) else ""
+            hint = "; does the address end in /v1?" if error.status == 404 and "/v1/" not in self.url + path else f"; the key is read from {KEY_VARIABLE}" if error.status in (401, 403) or not (key.isascii() and key.isprintable()) else ""
             raise JudgeError(f"{where}: {error}{hint}", error.passing) from error
         try: return json.loads(came)
         except (ValueError, RecursionError) as error: raise JudgeError(f"{where}: the answer is not JSON: {reprlib.repr(came)}") from error

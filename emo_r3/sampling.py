@@ -19,7 +19,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
 
-from .cost import cut_groups
+from .cost import ROWS_AT_ONCE, cut_groups
 from .groups import PictureFeatures, encode_pictures, forward_packed, group_logps, pack_groups, text_model
 from .policy import Prompts, VLProcessor, as_reference, banned_tokens, completion_logps, encode_prompts, reads_once, unwrapped
 from .prompts import Messages
@@ -232,7 +232,7 @@ class PolicySampler:
     "Draws completions from a policy."
     def __init__(self, model: "PreTrainedModel | PeftModel", # the policy, or a frozen reference
                  processor: VLProcessor, # its processor
-                 batch_size: int = 128, # rows that are drawn at once, in whole groups
+                 batch_size: int = ROWS_AT_ONCE, # rows that are drawn at once, in whole groups
                  shared_prefix: bool = True, # read each prompt once, where the policy can; False: transformers' `generate` on repeated prompts
                  features: PictureFeatures | None = None, # remembered pictures, for the shared prefix
                 ): self.model, self.processor, self.batch_size, self.shared_prefix, self.features = model, processor, batch_size, shared_prefix and reads_once(unwrapped(model)), features

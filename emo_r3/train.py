@@ -18,7 +18,6 @@ __all__ = ['SCHEDULES', 'UNTOUCHED', 'Evaluation', 'STATE', 'FIXED', 'FREE', 'sc
 import hashlib
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +41,7 @@ from .checkpoint import (Stopped, StopSignals, check_checkpoint, checkpoint_name
                                optimizer_tensors, prune_checkpoints, random_states, read_json, read_tensors, set_random_states, DamagedCheckpoint)
 from .data import EmotionExample, printable
 from .config import TrainConfig, loss_options, number_of_steps, plain_config, reward_weights
-from .cost import PEAK_TFLOPS, Cost, Shape, cut_groups
+from .cost import Cost, Shape, cut_groups, known_gpu
 from .loss import grpo_loss, loss_normalizer, sampler_correction, token_weights
 from .parsing import SETCompletion, description, read_completion
 from .groups import PictureFeatures, checkpointed, group_logps
@@ -504,12 +503,12 @@ def experience_metrics(figures: Sequence[Mapping], # N, of all ranks
 def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
     "Returns what a device can do in a second at most, 10^12 operations; None where neither the configuration nor its name tells."
     if config.peak_tflops is not None or device.type != "cuda" or config.precision != "bf16": return config.peak_tflops
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    gpu = known_gpu(torch.cuda.get_device_name(device))
+    return gpu.tflops or None if gpu else None
 
 
 def update_flops(trainer: Trainer, experience: Experience) -> float:
-    "Returns the operations that a step's updates need, forward and backward, each prompt and picture once (page 09); recomputation, and groups that teach nothing, do not count."
+    "Returns the operations that a step's updates need, forward and backward, each prompt and picture once (page 08b); recomputation, and groups that teach nothing, do not count."
     shape, c = Shape.of(unwrapped(trainer.policy).config), trainer.config
     live = torch.arange(len(experience.examples)) if c.beta > 0 else (experience.advantages != 0).any(1).nonzero()[:, 0]
     prompts, lengths = experience.rollouts.prompts.take(live), experience.rollouts.lengths.view(-1, c.num_generations)[live].tolist()
@@ -765,9 +764,9 @@ def check_same(state: Mapping, # of a checkpoint
     "Raises ValueError, field by field, where a checkpoint belongs to another configuration, and for other training pictures; other versions of libraries are told on stderr."
     free = lambda fields: {name: value for name, value in fields.items() if name not in FREE}
     changed = differences(free(state["config"]) | {"extras": state["extras"]}, free(json.loads(json.dumps(plain_config(config)))) | {"extras": {e.name: e.weight for e in extras}})
-    if changed and not accept_changes: raise ValueError(f"checkpoint {where} was made under another configuration ({'; '.join(changed)}); allowed: the same, or --accept-changes, or --resume never for a new run")
     fixed = [line for line in changed if line.partition(":")[0] in FIXED + (("epochs", "max_steps") if config.lr_schedule != "constant" else ())]
     if fixed: raise ValueError(f"checkpoint {where}: {'; '.join(fixed)} cannot change within a run, for the optimizer, its schedule or the order of pictures keep it; allowed: the same, or --resume never for a new run")
+    if changed and not accept_changes: raise ValueError(f"checkpoint {where} was made under another configuration ({'; '.join(changed)}); allowed: the same, or --accept-changes, or --resume never for a new run")
     if state["examples_sha256"] != data_sha256(examples): raise ValueError(f"checkpoint {where} was made on other training pictures (their ids, labels, questions or order differ); allowed: the same ones, or --resume never for a new run")
     if state["policy_sha256"] != began_as: raise ValueError(f"checkpoint {where}: its run began with other weights than the policy given now; allowed: policy = {config.policy!r} as it was at the start, for the reference is made from it")
     if config.precision == "bf16" and state["config"]["sharding"] != config.sharding: print(f"emo-r3: resuming with sharding {state['config']['sharding']} -> {config.sharding}, which in bf16 rounds elsewhere", file=sys.stderr)

@@ -7,9 +7,12 @@ __all__ = ['PASSING', 'data_url', 'NoAnswer', 'in_a_line', 'Server']
 
 # %% ../nbs/10a_wire.ipynb #38a6d552
 import base64
+import functools
 import http.client
 import io
 import json
+import socket
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -51,29 +54,88 @@ def in_a_line(said: str | bytes, # what a server said
     return printable(" ".join(text[:10 * longest].split()))[:longest]
 
 # %% ../nbs/10a_wire.ipynb #863fc6c0
+class _Pieces(io.RawIOBase):
+    "What a socket receives until a point in time; then TimeoutError."
+    def __init__(self, raw: io.RawIOBase, left: Any): self.raw, self.left = raw, left
+    def readable(self) -> bool: return True
+
+    def readinto(self, into: Any) -> int | None:
+        self.left()
+        return self.raw.readinto(into)
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _InTime:
+    "Makes of a connection's `timeout` the time for everything that goes and comes."
+    def __init__(self, *args: Any, timeout: float, **kwargs: Any):
+        super().__init__(*args, timeout=timeout, **kwargs)
+        self.end, self.response_class = time.monotonic() + timeout, self._response
+
+    def _left(self, sock: socket.socket) -> None:
+        "Lets a socket wait as long as there is time left; raises TimeoutError where there is none."
+        if (left := self.end - time.monotonic()) <= 0: raise TimeoutError
+        sock.settimeout(left)
+
+    def send(self, data: bytes) -> None:
+        "Sends in pieces that are taken in whole or not at all, also where they are encrypted."
+        for at in range(0, len(data), 2**14):
+            if self.sock is not None: self._left(self.sock)
+            super().send(data[at:at + 2**14])
+
+    def _response(self, sock: socket.socket, *args: Any, **kwargs: Any) -> http.client.HTTPResponse:
+        answer = http.client.HTTPResponse(sock, *args, **kwargs)
+        answer.fp = io.BufferedReader(_Pieces(answer.fp.detach(), functools.partial(self._left, sock)))
+        return answer
+
+
+class _Plain(_InTime, http.client.HTTPConnection): "A connection that ends in time."
+class _Secret(_InTime, http.client.HTTPSConnection): "The same, encrypted."
+
+# %% ../nbs/10a_wire.ipynb #ec1dad8c
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_): return None
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, request): return self.do_open(_Plain, request)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, request): return self.do_open(functools.partial(_Secret, context=_trust()), request)
+
+
+@functools.cache
+def _trust() -> ssl.SSLContext:
+    "Returns whose word for a server is taken: that of those whom the system trusts."
+    return ssl.create_default_context()
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
     "Returns what opens addresses: no redirections, and no proxy before a server on this machine."
     local = urlsplit(url).hostname in ("localhost", "127.0.0.1", "::1")
-    return urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
+    return urllib.request.build_opener(_NoRedirect, _Http, _Https, *([urllib.request.ProxyHandler({})] if local else []))
 
 
-def _read(answer: Any, most: int, end: float) -> bytes:
+def _read(answer: Any, most: int) -> bytes:
     "Returns all of an answer, or, of one that is too long, a little more than `most` bytes; raises TimeoutError for one that is not there in time."
     held = bytearray()
-    while len(held) <= most and (part := answer.read1(2**16)):
-        held += part
-        if time.monotonic() > end: raise TimeoutError
+    while len(held) <= most and (part := answer.read1(2**16)): held += part
     return bytes(held)
 
-# %% ../nbs/10a_wire.ipynb #ec1dad8c
-def _refused(error: urllib.error.HTTPError, end: float) -> NoAnswer:
+# %% ../nbs/10a_wire.ipynb #fbc89636
+def _check_headers(headers: Mapping[str, str]) -> None:
+    "Raises NoAnswer, without the value, for a header that cannot be sent."
+    for name, value in headers.items():
+        if not (value.isascii() and value.isprintable()): raise NoAnswer(f"nothing was asked: the header {name} has a line break or another character that no header may have (its value is not shown); allowed: printable ASCII")
+
+# %% ../nbs/10a_wire.ipynb #b2eef618
+def _refused(error: urllib.error.HTTPError) -> NoAnswer:
     "Returns in words what a server says that refuses."
     with error:
-        try: said = in_a_line(_read(error, 2000, end))
+        try: said = in_a_line(_read(error, 2000))
         except (OSError, http.client.HTTPException): said = ""  # the status alone, then
     return NoAnswer(f"answered {error.code} {in_a_line(str(error.reason), 80)}: {said or 'nothing more'}", error.code, error.code in PASSING)
 
@@ -92,11 +154,11 @@ class Server:
             headers: Mapping[str, str] | None = None, # besides the content's type
            ) -> bytes:
         "Returns what is answered with a good status; raises NoAnswer for everything else."
-        end = time.monotonic() + self.timeout_s
+        _check_headers(headers or {})
         try:
             request = urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode(), {"Content-Type": "application/json"} | dict(headers or {}))
-            with self._opener.open(request, timeout=self.timeout_s) as answer: came, announced = _read(answer, self.most, end), answer.headers.get("Content-Length", "")
-        except urllib.error.HTTPError as error: raise _refused(error, end) from error
+            with self._opener.open(request, timeout=self.timeout_s) as answer: came, announced = _read(answer, self.most), answer.headers.get("Content-Length", "")
+        except urllib.error.HTTPError as error: raise _refused(error) from error
         except (OSError, http.client.HTTPException, UnicodeError) as error: raise self._away(error) from error  # no connection, no time, no HTTP, no host of that name
         if len(came) > self.most: raise NoAnswer(f"the answer has more than {self.most:,} bytes")
         if announced.isdecimal() and len(came) < int(announced): raise NoAnswer(f"the answer broke off after {len(came):,} of {int(announced):,} bytes", passing=True)

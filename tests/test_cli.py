@@ -2,11 +2,13 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from emo_r3.cli import load_pair
 from emo_r3.data import EMOSET8
 from emo_r3.policy import EMBEDDED_POLICY
 from emo_r3.scenes import DOMAINS, book_example, make_scenes
+from emo_r3.vllm_sampler import EngineError
 
 RUN_FOLDER = {"config.yaml", "metrics.jsonl", "summary.json", "samples", "policy", "report.html"}
 
@@ -425,7 +428,42 @@ def test_other_places_where_no_data_is(folder, capsys):
     assert code == 2 and "eval_sets: emotion6, data = '/nowhere': no such file or folder; allowed: your copy of Emotion6" in err and "laptop" not in err
 
 
+def test_a_path_that_looks_like_a_hub_id_has_the_same_help(folder, capsys):
+    "The recipe's own path without ./ in front: the hub has nothing of that name."
+    code, out, err = run_main(capsys, "train", "emoset_1gpu_lora", "--data", "data/EmoSet-118K")
+    assert code == 2 and out == "" and err.count("\n") == 1 and "error: data = data/EmoSet-118K: no file or folder here, nor a data set that the hub gives us" in err
+    assert f"; allowed: {cli.what_to_get(cli.run_config('emoset_1gpu_lora', {})[1])}" in err and cli.ON_A_LAPTOP.format("") in err
+    from published_fixtures import emoset
+    emoset(Path("data/EmoSet-118K"), train=dict.fromkeys(EMOSET8, 2), test=dict.fromkeys(EMOSET8, 1))
+    sets = json.dumps({"emotion6": {"data": "data/Emotion6", "data_format": "emotion6", "label_set": "emotion6"}})
+    options = ("--data", "data/EmoSet-118K", "--train-size", 16, "--prompts-per-step", 8, "--prompts-per-update", 8)
+    code, _, err = run_main(capsys, "train", "emoset_1gpu_lora", *options, "--eval-sets", sets)
+    assert code == 2 and "eval_sets: emotion6, data = data/Emotion6: no such file or folder" in err and "allowed: your copy of Emotion6" in err and "laptop" not in err
+    code, _, err = run_main(capsys, "train", "emoset_1gpu_lora", *options, "--train-manifest", "nowhere.jsonl")  # something else is missing
+    assert code == 2 and "nowhere.jsonl" in err and "your copy of" not in err
+    code, _, err = run_main(capsys, "train", "emoset_1gpu_lora", "--data", "some/one", "--data-format", "null")
+    assert code == 2 and "some/one: no file or folder here" in err and "your copy of" not in err
+
+
 # ---- out of memory
+
+def test_an_engine_s_share_is_advised_as_a_shell_takes_it_and_by_the_device_s_size(folder, monkeypatch):
+    words = ["train", "emoset_8gpu", "--sampler", "vllm", "--vllm", '{"gpu_memory_utilization": 0.6}', "--gradient-checkpointing", "true"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    def advised():
+        said = cli.memory_advice(cli.parse(words))
+        options = [part for part in said.partition("try ")[2].partition(", by the formulas")[0].split(", or ") if part.startswith("--vllm")]
+        return options[0].rpartition(" (")
+    option, _, effect = advised()
+    assert shlex.split(option) == ["--vllm", '{"gpu_memory_utilization": 0.3}']
+    cli.run_config("emoset_8gpu", cli.given_fields(cli.parse([*words, *shlex.split(option)])))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=141_000_000_000))
+    before, after = re.findall(r"([\d.]+) GB", advised()[2])
+    least, most = re.findall(r"([\d.]+) GB", effect)
+    assert float(before) - float(after) == pytest.approx(0.3 * 141, abs=0.11) and float(least) - float(most) == pytest.approx(0.3 * 80, abs=0.11)
+
 
 def test_advice_for_want_of_memory_is_by_what_is_asked(folder, capsys, monkeypatch):
     from emo_r3.config import TrainConfig
@@ -450,3 +488,22 @@ def test_advice_for_want_of_memory_is_by_what_is_asked(folder, capsys, monkeypat
     book_example().image.save("ghost.png")
     assert "--max-pixels" in advised("predict", "ghost.png") and "end what else runs" in advised("report", ".")
 
+
+def test_what_an_engine_says_is_one_line(capsys, monkeypatch):
+    def fails(*given, **named): raise EngineError("server http://127.0.0.1:9: cannot be reached")
+    monkeypatch.setattr("emo_r3.train.run_sampler", fails)
+    assert cli.main(["train", "scenes_cpu", "--max-steps", "1", "--train-size", "64", "--sampler", "vllm_server", "--vllm", '{"url": "http://127.0.0.1:9", "folder": "/tmp"}', "--output-dir", "/tmp/never"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "emo-r3: error: server http://127.0.0.1:9: cannot be reached"
+
+
+def test_whoever_has_read_enough_is_not_told_of_it():
+    read, write = os.pipe()
+    os.close(read)  # as `head` does
+    done = subprocess.run([sys.executable, "-c", "import sys; from emo_r3.cli import main; sys.exit(main(['plan', 'emoset_8gpu']))"], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("policy", ["/nowhere", "./nowhere", "~/nowhere"])
+def test_a_plan_for_a_folder_that_is_not_there(capsys, policy):
+    assert cli.main(["plan", "emoset_8gpu", "--policy", policy]) == 2 and f"policy {policy!r}: no such folder; allowed: embedded" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -257,7 +258,7 @@ trainer = GRPOTrainer(model=load_policy(), reward_funcs=rewards, args=args, trai
 bind(rewards, trainer)
 trainer.train()
 names = ("reward", "rewards/consistency/mean", "rewards/coherence/mean", "rewards/reflective/mean")
-print("LOG", json.dumps([trainer.accelerator.num_processes, [[line[n] for n in names] for line in trainer.state.log_history if "reward" in line]]), flush=True)
+with open(f"log_{trainer.accelerator.process_index}.json", "w") as file: json.dump([trainer.accelerator.num_processes, [[line[n] for n in names] for line in trainer.state.log_history if "reward" in line]], file)
 """
 
 
@@ -268,8 +269,8 @@ def test_two_processes_of_trl_s_judge_each_their_own(tmp_path):
     (tmp_path / "two.py").write_text(TWO)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "two.py"], cwd=tmp_path, capture_output=True, text=True, timeout=500,
                           env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
-    logs = [json.loads(line.partition("LOG ")[2]) for line in done.stdout.splitlines() if "LOG " in line]
-    assert done.returncode == 0 and len(logs) == 2, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    logs = [json.loads((tmp_path / f"log_{rank}.json").read_text()) for rank in (0, 1)]  # two processes' lines on one screen would mix
     assert logs[0] == logs[1] and logs[0][0] == 2 and len(logs[0][1]) == 2
     for reward, consistency, coherence, reflective in logs[0][1]: assert reflective == pytest.approx((consistency + coherence) / 2, abs=1e-6) and reward > 0
 
@@ -525,6 +526,18 @@ def test_a_hanging_server_is_given_up_in_time(drip):
         said = error_of(JudgeError, lambda: HttpJudge(url, model="m", timeout_s=0.5, retries=0).generate(ASK[0]))
         assert "judge_timeout_s = 0.5" in said and time.monotonic() - began < 8
         over.set()
+
+
+@pytest.mark.parametrize("key, sent", [("sk-secret\n", "Bearer sk-secret"), ("  ", None), ("sk-\nsecret", "refused"), ("sk-secret\u20ac", "refused")])
+def test_a_key_from_a_file_works_and_one_that_cannot_be_sent_is_not_shown(monkeypatch, key, sent):
+    came = []
+    monkeypatch.setenv(interop.KEY_VARIABLE, key)
+    with server_of(lambda body, handler: came.append(handler.headers["Authorization"]) or (200, chat())) as url:
+        judge = HttpJudge(url, model="m", retries=2, pause_s=0.01)
+        if sent != "refused": assert judge.generate(ASK[0][:1]) == ["Yes"] and came == [sent]
+        else:
+            with pytest.raises(JudgeError, match=f"the header Authorization .*the key is read from {interop.KEY_VARIABLE}") as caught: judge.generate(ASK[0][:1])
+            assert came == [] and "secret" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_nobody_there():

@@ -18,17 +18,19 @@ from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalG
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import emo_r3.policy
+import emo_r3.train
 from emo_r3 import cli, plan
 from emo_r3.config import TrainConfig
-from emo_r3.cost import Shape
+from emo_r3.cost import GPUS, Gpu, Shape, known_gpu
 from emo_r3.data import emotion_question, label_set
-from emo_r3.groups import checkpointed, encode_pictures, group_logps
-from emo_r3.plan import (CLOSE, GPUS, LIMITS, MODELS, MOMENTS, NF4_BYTES, RECORDS, STATE_BYTES, Assumptions, Row, Timed, choices_table, count_parameters, cpu_times, exchanged_bytes, fit_speeds, gpu_rows, known_gpu, left_out,
-                         memory_of, memory_ratios, model_config, operation_ratios, parse_gpus, phases_of, picture_grid, plan_run, plan_table, recorded_run, resized, rests_on, rows_of, savings, sizes_of, sizes_table, step_costs, text_layer_bytes,
+from emo_r3.groups import PictureFeatures, checkpointed, encode_pictures, group_logps
+from emo_r3.plan import (CLOSE, LIMITS, MODELS, MOMENTS, NF4_BYTES, RECORDS, STATE_BYTES, Assumptions, Row, Timed, choices_table, count_parameters, cpu_times, exchanged_bytes, fit_speeds, gpu_rows, left_out,
+                         memory_of, memory_ratios, model_config, operation_ratios, parse_gpus, phases_of, picture_grid, plan_run, plan_table, recorded_run, resized_to, rests_on, rows_of, savings, sizes_of, sizes_table, step_costs, text_layer_bytes,
                          tower_bytes, usual_gpus, validation_pictures, vision_layer_bytes, ways_out)
 from emo_r3.policy import EMBEDDED_POLICY, Prompts, add_lora, encode_prompts, load_policy, load_processor
 from emo_r3.prompts import PromptTemplates, coherence_messages, method_messages
 from emo_r3.recipe import RECIPES
+from emo_r3.sampling import PolicySampler
 from emo_r3.scenes import make_scenes
 from emo_r3.train import make_optimizer
 
@@ -130,10 +132,14 @@ def test_manifests_are_counted_where_they_are(tmp_path):
     assert sizes_of(recipe("emoset_8gpu", eval_sets=eval_sets), model).evaluated == 2300
 
 
-def test_truncated_importance_sampling_scores_under_the_old_policy():
+@pytest.mark.parametrize("more", [{}, {"tis_cap": 2.0}])
+def test_the_old_policy_scores_only_where_a_step_makes_more_than_one_update(more):
+    "The trainer takes the first update's own log-probabilities, also where they are compared with the sampler's; so neither the pass nor its memory is there."
     model = model_config(THREE_B)
-    phases = lambda **more: list(step_costs(c := recipe("emoset_8gpu", prompts_per_update=512, **more), Shape.of(model), sizes_of(c, model)))
-    assert "old policy" not in phases() and "old policy" in phases(tis_cap=2.0)  # one update a step
+    def planned(**options):
+        config = recipe("emoset_8gpu", sharding="none", **more, **options)
+        return "old policy" in step_costs(config, Shape.of(model), sizes_of(config, model)), memory_of(config, model, sizes_of(config, model)).scored > 0
+    assert planned(prompts_per_update=512) == (False, False) and planned(prompts_per_update=256) == (True, True) and planned(prompts_per_update=512, epochs_per_step=2) == (True, True)
 
 
 def test_dapo_draws_more_and_sft_draws_nothing():
@@ -517,6 +523,13 @@ def test_savings_are_no_advice_to_do_what_is_done():
     assert shares == [{"gpu_memory_utilization": 0.3}]
 
 
+def test_savings_of_an_engine_are_by_the_device_s_own_size():
+    config = recipe("emoset_8gpu", sampler="vllm", vllm='{"gpu_memory_utilization": 0.6}')
+    for device in (80e9, 141e9):
+        (share,) = [s for s in savings(config, 8, device) if s.field == "vllm"]
+        assert share.before - share.after == pytest.approx(0.3 * device)
+
+
 def test_savings_of_a_policy_of_unknown_shape_have_no_figures():
     found = savings(recipe("emoset_1gpu_lora", policy="someone/else"))
     assert found and all((s.moment, s.before, s.after) == ("", 0, 0) for s in found)
@@ -562,6 +575,8 @@ def test_the_table_of_sizes_against_single_plans():
     assert all(" fits " in blocks[name].splitlines()[4] for name in FULL_SCALE)  # 80 GB are enough for all that ship
     with pytest.raises(ValueError, match="memory = 0; allowed: GB of a device"): sizes_table(runs, (0,))
     with pytest.raises(ValueError, match="prompts_per_update = 256; allowed: a multiple of 7"): sizes_table({"x": runs["emoset_8gpu"]}, (80,), {"x": 7})
+    for none in (0, -1, 4097, 99_999_999_999):
+        with pytest.raises(ValueError, match=f"gpus = '{none}'; allowed: a number from 1 to 4096"): sizes_table({"x": runs["emoset_8gpu"]}, (80,), {"x": none})
 
 
 # ---- records
@@ -643,7 +658,7 @@ def test_a_tiny_record_says_nothing_about_a_gpu(tmp_path):
 
 @pytest.mark.parametrize("name, gpu", [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200"), ("NVIDIA H20", "H20"), ("NVIDIA A100-SXM4-80GB", "A100-80"), ("NVIDIA GeForce RTX 4090", "4090"), ("Some TPU", None), ("NVIDIA A100-SXM4-40GB", "A100-40"),
                                        ("NVIDIA A100-PCIE-40GB", "A100-40-PCIe"), ("NVIDIA A100 80GB PCIe", "A100-80-PCIe"), ("NVIDIA H100 PCIe", "H100-PCIe"), ("NVIDIA H100 NVL", "H100-NVL"), ("NVIDIA H200 NVL", "H200-NVL"), ("NVIDIA L4", "L4"), ("NVIDIA L40S", "L40S"), ("NVIDIA L40", "L40"),
-                                       ("NVIDIA A10", "A10"), ("NVIDIA A10G", "A10G"), ("NVIDIA A30", "A30"), ("NVIDIA RTX A6000", "A6000"), ("NVIDIA RTX 6000 Ada Generation", "6000-Ada"), ("NVIDIA GeForce RTX 3090", "3090"), ("Tesla T4", "T4"), ("Tesla V100-SXM2-32GB", "V100-32"), ("Tesla V100-PCIE-16GB", "V100-16"),
+                                       ("NVIDIA A10", "A10"), ("NVIDIA A10G", "A10G"), ("NVIDIA A30", "A30"), ("NVIDIA RTX A6000", "A6000"), ("NVIDIA RTX 6000 Ada Generation", "6000-Ada"), ("NVIDIA GeForce RTX 3090", "3090"), ("Tesla T4", "T4"), ("Tesla V100-SXM2-32GB", "V100-32"), ("Tesla V100-SXM2-16GB", "V100-16"), ("Tesla V100-PCIE-16GB", "V100-16-PCIe"), ("Tesla V100-PCIE-32GB", "V100-32-PCIe"),
                                        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", None), ("NVIDIA GeForce RTX 3090 Ti", None)])
 def test_devices_by_their_drivers_names(name, gpu): assert known_gpu(name) == (GPUS[gpu] if gpu else None)
 
@@ -664,9 +679,45 @@ def test_every_device_is_known_however_it_is_spelt(name):
     assert 8 < g.memory_gb < 200 and 200 < g.bandwidth_gb_s < 9000 and (g.tflops == 0 or g.tflops > g.fp32_tflops) and g.source.startswith("NVIDIA ")
 
 
-def test_what_sheets_say_of_some_devices():
-    "Dense products, not the doubled figures of sparse ones: 1,979 of the H100, 733 of the L40S, 242 of the L4, 250 of the A10 are twice as much."
-    assert {n: (GPUS[n].memory_gb, GPUS[n].bandwidth_gb_s, GPUS[n].tflops) for n in ("L4", "A10", "A100-40", "H100-PCIe", "3090", "L40S")} == {"L4": (24, 300, 121), "A10": (24, 600, 125), "A100-40": (40, 1555, 312), "H100-PCIe": (80, 2000, 756), "3090": (24, 936, 71), "L40S": (48, 864, 362)}
+CHIPS = {  # multiprocessors; single-precision lanes, and bf16 operations a clock, of each; GHz of the lanes and of the tensor cores under load; bits of the memory's bus and Gbit/s a wire
+    "H100": (132, 128, 4096, 1.98, 1.83, 5120, 5.23), "H200": (132, 128, 4096, 1.98, 1.83, 6144, 6.25), "H100-PCIe": (114, 128, 4096, 1.755, 1.62, 5120, 3.2), "H100-NVL": (132, 128, 4096, 1.785, 1.545, 6016, 5.2),
+    "H200-NVL": (132, 128, 4096, 1.785, 1.545, 6144, 6.25), "B200": (148, 128, 8192, 1.965, 1.85, 8192, 7.6), "A100-80": (108, 64, 2048, 1.41, 1.41, 5120, 3.186), "A100-80-PCIe": (108, 64, 2048, 1.41, 1.41, 5120, 3.024),
+    **dict.fromkeys(("A100-40", "A100-40-PCIe"), (108, 64, 2048, 1.41, 1.41, 5120, 2.43)), "A30": (56, 64, 2048, 1.44, 1.44, 3072, 2.43), "A10": (72, 128, 1024, 1.695, 1.695, 384, 12.5), "A10G": (80, 128, 512, 1.71, 1.71, 384, 12.5),
+    "A40": (84, 128, 1024, 1.74, 1.74, 384, 14.5), "A6000": (84, 128, 1024, 1.8, 1.8, 384, 16), "3090": (82, 128, 512, 1.695, 1.695, 384, 19.5), "L40S": (142, 128, 1024, 2.52, 2.49, 384, 18), "L40": (142, 128, 512, 2.49, 2.49, 384, 18),
+    "6000-Ada": (142, 128, 1024, 2.505, 2.505, 384, 20), "4090": (128, 128, 512, 2.52, 2.52, 384, 21), "L4": (58, 128, 1024, 2.04, 2.04, 192, 12.5), "5090": (170, 128, 512, 2.407, 2.407, 512, 28), "T4": (40, 64, 0, 1.59, 0, 256, 10),
+    **dict.fromkeys(("V100-16", "V100-32"), (80, 64, 0, 1.53, 0, 4096, 1.75)), **dict.fromkeys(("V100-16-PCIe", "V100-32-PCIe"), (80, 64, 0, 1.38, 0, 4096, 1.75))}
+LINKS = {"H100": 18 * 50, "H200": 18 * 50, "H20": 18 * 50, "B200": 18 * 100, "A100-80": 12 * 50, "A100-40": 12 * 50, "V100-16": 6 * 50, "V100-32": 6 * 50}  # NVLinks and GB/s of each, both directions
+PCIE = {"T4": 3, "V100-16-PCIe": 3, "V100-32-PCIe": 3, "H100-PCIe": 5, "H100-NVL": 5, "H200-NVL": 5, "5090": 5}  # the generation, where it is not the fourth
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_what_sheets_say_follows_from_the_chips(name):
+    "A product and a sum a clock in every lane, and what a tensor core does of dense products (of sparse ones twice that); bus times rate. Of the H20 no clock is published: its peak is half of its 296 in eight bits, its memory six stacks of HBM3."
+    g = GPUS[name]
+    if name == "H20": assert (g.tflops, g.memory_gb) == (296 / 2, 6 * 16) and g.bandwidth_gb_s == pytest.approx(6144 / 8 * 5.2, rel=0.02)
+    else:
+        units, lanes, products, lane_ghz, tensor_ghz, bits, rate = CHIPS[name]
+        assert g.fp32_tflops == pytest.approx(units * lanes * 2 * lane_ghz / 1e3, rel=0.02) and g.tflops == pytest.approx(units * products * tensor_ghz / 1e3, rel=0.01)
+        assert g.bandwidth_gb_s == pytest.approx(bits / 8 * rate, rel=0.07)
+    assert g.link_gb_s == (LINKS[name] if name in LINKS else 4 * 2 ** PCIE.get(name, 4))  # sixteen lanes, both directions
+
+
+def test_all_who_measure_and_plan_know_the_same_devices(monkeypatch):
+    "A run's utilisation is by the same peak as its plan's time: that of the card's form, none for a part of a card, none for one without bf16."
+    config = replace(TrainConfig(policy="embedded"), precision="bf16")
+    for name, peak in (("NVIDIA H200 NVL", 835), ("NVIDIA L40", 181), ("NVIDIA GeForce RTX 5090", 209.5), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Tesla T4", None), ("Some TPU", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        assert emo_r3.train.peak_tflops(config, torch.device("cuda")) == peak, name
+    assert plan.GPUS is GPUS and plan.Gpu is Gpu
+
+
+def test_what_is_done_at_once_is_planned_as_it_is_done():
+    "As many rows as the sampler draws together, and as many features as are remembered: the plan has no numbers of its own."
+    config, model = recipe("emoset_8gpu"), model_config(THREE_B)
+    m = memory_of(config, model, z := sizes_of(config, model))
+    rows, kept = PolicySampler(None, None, shared_prefix=False).batch_size, PictureFeatures(None).max_tokens
+    s = Shape.of(model)
+    assert m.cache == 2 * s.L * s.n_kv * s.d * 2 * (rows // z.G) * (z.P + z.G * config.max_completion_tokens) and m.features == 2 * s.h * min(kept, z.picture_tokens * z.drawn)
 
 
 def test_devices_without_bf16_are_refused_where_it_is_asked_for():
@@ -774,6 +825,12 @@ def test_several_recipes_in_a_table_of_sizes(capsys, nothing_loads):
     assert (code, err) == (0, "") and out.count("1 x ") == 3 and out.count("8 x ") == 3 and out.index("emoset_1gpu_lora") < out.index("emoset_8gpu")
     assert "4 x 80 GB" in run_main(capsys, "plan", "emoset_8gpu", "--memory", "80", "--gpus", "4xH100")[1]
     assert "4 x 48 GB" in run_main(capsys, "plan", "emoset_8gpu", "--memory", "48", "--gpus", "4")[1]  # a device that is not known by name
+    for number in ("0", "00", "4097", "99999999999"):
+        code, out, err = run_main(capsys, "plan", "emoset_8gpu", "--memory", "24", "--gpus", number)
+        assert code == 2 and out == "" and f"gpus = '{int(number)}'; allowed: a number from 1 to 4096" in err
+    for words in (("--gpus", ""), ("--gpus", "", "--memory", "24")):
+        code, out, err = run_main(capsys, "plan", "emoset_8gpu", *words)
+        assert code == 2 and out == "" and "gpus = '', name: got ''" in err
     for words, said in ((("a", "b"), "RECIPE: 2 came; allowed: one, or several with --memory 24,40,80"), (("emoset_8gpu", "--memory", "big"), "--memory = 'big'; allowed: GB of devices"), (("emoset_8gpu", "--memory", "80", "--gpus", "7xH100"), "a multiple of 7")):
         code, out, err = run_main(capsys, "plan", *words)
         assert code == 2 and said in err and err.count("\n") == 1
@@ -830,8 +887,8 @@ def test_pictures_are_resized_as_the_processor_does(seed):
         width, height, side = random.randint(1, 5000), random.randint(1, 5000), random.choice((24, 28))
         least = random.choice((3_136, 200_704, 262_144)); most = least * random.choice((1, 2, 16, 100))
         if max(width, height) > 200 * min(width, height):
-            with pytest.raises(ValueError, match="200 times"): resized(width, height, side, least, most)
-        else: assert resized(width, height, side, least, most)[::-1] == smart_resize(height, width, side, least, most), (width, height, side, least, most)
+            with pytest.raises(ValueError, match="200 times"): resized_to(width, height, side, least, most)
+        else: assert resized_to(width, height, side, least, most)[::-1] == smart_resize(height, width, side, least, most), (width, height, side, least, most)
 
 
 def test_words_are_counted_as_the_processor_counts_them():

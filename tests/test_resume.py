@@ -229,7 +229,9 @@ def tree(folder): return {str(p.relative_to(folder)): sha256(p) for p in folder.
 
 def test_another_configuration_is_refused_field_by_field(stopped, capsys):
     before = tree(stopped)
-    with pytest.raises(ValueError, match=r"learning_rate: 0.0001 -> 1e-05; beta: 0.01 -> 0.02\); allowed: the same, or --accept-changes"): go(replace(BASE, learning_rate=1e-5, beta=0.02), stopped)
+    with pytest.raises(ValueError, match=r"beta: 0.01 -> 0.02; kl: 'k3' -> 'k2'\); allowed: the same, or --accept-changes"): go(replace(BASE, beta=0.02, kl="k2"), stopped)
+    with pytest.raises(ValueError, match=r"learning_rate: 0.0001 -> 1e-05 cannot change within a run") as error: go(replace(BASE, learning_rate=1e-5, beta=0.02), stopped)
+    assert "accept-changes" not in str(error.value)  # nothing is offered that would be refused next
     with pytest.raises(ValueError, match=r"extras: \{\} -> \{'mine': 0.5\}"): go(BASE, stopped, extras=[ExtraReward(lambda c, x: [0.0] * len(c), 0.5, "mine")])
     assert tree(stopped) == before
     for change in ({"learning_rate": 1e-5}, {"max_steps": 3}, {"num_generations": 8}, {"prompts_per_step": 8, "prompts_per_update": 8}):  # what the optimizer, the schedule or the order keep

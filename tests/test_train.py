@@ -277,7 +277,7 @@ def test_utilisation_counts_needed_work_only(processor, examples, monkeypatch):
     assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == 989 and emo_r3.train.peak_tflops(SMALL, gpu) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H20")
     assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == 148
-    for name, peak in (("NVIDIA L40", None), ("NVIDIA L4", 121), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989)):
+    for name, peak in (("NVIDIA L40", 181), ("NVIDIA L20", None), ("NVIDIA L4", 121), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         assert emo_r3.train.peak_tflops(replace(SMALL, precision="bf16"), gpu) == peak
 

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from emo_r3.scenes import make_scenes
 from emo_r3.config import make_config
 from emo_r3.train import Trainer, run_sampler, train_step
 from emo_r3.config import LORA_RANKS, check_engine
-from emo_r3.vllm_sampler import (BOUNDS, Ask, Drawn, LocalEngine, PromptMismatch, ServedEngine, ServerWorker, StaleWeights, VLLMSampler, adapter_rank, as_served, branches, check_probe,
+from emo_r3.vllm_sampler import (ABANDONED_S, BOUNDS, Ask, Drawn, EngineError, LocalEngine, PromptMismatch, ServedEngine, ServerWorker, StaleWeights, VLLMSampler, adapter_rank, as_served, branches, check_probe,
                                  check_read, engine_settings, full_weights, make_sampler, narrowed, resized, rollouts_of, spread_seeds, whole, write_adapter)
 
 
@@ -323,7 +324,7 @@ class Server(ThreadingHTTPServer):
     "A server that speaks as vLLM's does, with a stand-in behind it."
     def __init__(self, engine, version="0.32.0", refuses=(), dtype=torch.float32):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.engine, self.version, self.refuses, self.calls, self.lock, self.models, self.sizes, self.replies = engine, version, refuses, [], threading.Lock(), set(), [], {}
+        self.engine, self.version, self.refuses, self.calls, self.lock, self.models, self.sizes, self.replies, self.fails = engine, version, refuses, [], threading.Lock(), set(), [], {}, []  # fails: (method or path, status; 0: a reset) for its next requests
         self.worker = Worker(engine, dtype)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
@@ -339,12 +340,26 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(body).encode())
 
-    def do_GET(self): self.reply(200, {"version": self.server.version})
+    def fail(self, what):
+        "Whether this request is one that fails."
+        status = next((f for f in self.server.fails if f[0] == what), None)
+        if status is None: return False
+        self.server.fails.remove(status)
+        if status[1]: self.reply(status[1], {"error": "for a moment"})
+        else: self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"), self.connection.close()  # a reset
+        return True
+
+    def finish(self):
+        try: super().finish()
+        except OSError: pass  # reset
+
+    def do_GET(self): self.fail(self.path) or self.reply(200, {"version": self.server.version})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.calls.append(body.get("method", self.path))
+            if self.fail(self.server.calls[-1]): return
             if self.path in self.server.refuses: return self.reply(404, {"detail": "Not Found"})
             if self.path in self.server.replies: return self.reply(200, self.server.replies[self.path])
             if self.path == "/collective_rpc":
@@ -414,6 +429,158 @@ def test_a_server_that_cannot_take_weights_is_named(policy, processor, asked, tm
     with pytest.raises(RuntimeError, match="vLLM 0.31.2; allowed: 0.32"): ServedEngine(options)
     server.shutdown()
     with pytest.raises(RuntimeError, match=r"http://127.0.0.1:9/version: cannot be reached \(ConnectionRefusedError"): ServedEngine({"url": "http://127.0.0.1:9", "folder": str(tmp_path), "timeout_s": 2})
+
+
+def test_what_an_engine_says_is_of_one_kind():
+    assert issubclass(EngineError, RuntimeError) and issubclass(StaleWeights, EngineError) and issubclass(PromptMismatch, EngineError)
+    for error in ("EngineError", "StaleWeights", "PromptMismatch"): assert error in emo_r3.vllm_sampler.__all__
+    assert "raise RuntimeError(" not in Path(emo_r3.vllm_sampler.__file__).read_text()
+
+
+@pytest.fixture
+def hasty(monkeypatch): monkeypatch.setattr(emo_r3.vllm_sampler, "PAUSES_S", (0.01, 0.01, 0.01))
+
+
+@pytest.mark.parametrize("status", [503, 429, 0])
+@pytest.mark.parametrize("what", ["/inference/v1/generate", "emo_r3_about"])
+def test_what_passes_does_not_end_a_run(policy, processor, asked, tmp_path, hasty, status, what):
+    "The draw is the same as without the failure, for it goes by its seeds."
+    server = Server(StandIn(policy, processor))
+    sampler = make_sampler("vllm_server", {"url": server.url, "folder": str(tmp_path), "timeout_s": 20}, policy, processor)
+    calm = sampler.sample(asked, 2, 6, 0.7, seed=4)
+    server.fails = [(what, status)] * 3
+    r = sampler.sample(asked, 2, 6, 0.7, seed=4)
+    assert r.texts == calm.texts and torch.equal(r.logps, calm.logps) and server.fails == []
+    server.fails, sampler.engine.at_once = [(what, status)] * 4, 1
+    with pytest.raises(EngineError, match="answered" if status else "cannot be reached"): sampler.sample(asked, 2, 6, 0.7, seed=4)
+    server.shutdown()
+
+
+@pytest.mark.parametrize("what, status", [("emo_r3_take", 503), ("/reset_prefix_cache", 503), ("/v1/load_lora_adapter", 503), ("/inference/v1/generate", 500), ("emo_r3_about", 500), ("/inference/v1/generate", 404)])
+def test_what_may_do_harm_or_never_passes_is_asked_once(processor, asked, tmp_path, hasty, what, status):
+    policy = policy_of("lora" if "lora" in what else "full")
+    server = Server(StandIn(policy, processor))
+    sampler = make_sampler("vllm_server", {"url": server.url, "folder": str(tmp_path)}, policy, processor)
+    server.fails, sampler.engine.at_once = [(what, status)] * 4, 1
+    with pytest.raises(EngineError, match=f"answered {status}"): sampler.sample(asked, 1, 2, 1.0, seed=0)
+    assert len(server.fails) == 3
+    server.shutdown()
+
+
+def test_a_server_that_is_not_ready_yet_is_asked_again_and_a_wrong_address_is_not(policy, processor, tmp_path, hasty, monkeypatch):
+    server = Server(StandIn(policy, processor))
+    server.fails = [("/version", 503), ("/version", 503)]
+    assert ServedEngine({"url": server.url, "folder": str(tmp_path)}).dtype == "float32" and server.fails == []
+    server.shutdown()
+    monkeypatch.setattr(emo_r3.vllm_sampler, "PAUSES_S", (60.0,))
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="cannot be reached"): ServedEngine({"url": "http://127.0.0.1:9", "folder": str(tmp_path)})
+    assert time.monotonic() - began < 10
+
+
+def test_the_worker_s_class_is_named_only_where_it_may_be_missing(policy, processor, tmp_path):
+    server = Server(StandIn(policy, processor))
+    server.fails = [("emo_r3_about", 500)]
+    with pytest.raises(EngineError, match="answered 500.*--worker-extension-cls"): ServedEngine({"url": server.url, "folder": str(tmp_path)})
+    engine = ServedEngine({"url": server.url, "folder": str(tmp_path)})
+    server.fails = [("emo_r3_take", 500)]
+    with pytest.raises(EngineError, match="answered 500") as caught: engine.take(policy)
+    assert "worker-extension" not in str(caught.value)
+    server.shutdown()
+
+
+SIGNAL = """
+import sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from emo_r3.vllm_sampler import Ask, _Asked
+class Hanging(BaseHTTPRequestHandler):
+    def log_message(self, *_): pass
+    def do_POST(self): print("asked", flush=True), time.sleep(40)
+server = ThreadingHTTPServer(("127.0.0.1", 0), Hanging)
+server.daemon_threads = True
+threading.Thread(target=server.serve_forever, daemon=True).start()
+_Asked.__init__ = lambda self: None
+engine = _Asked()
+from emo_r3.wire import Server
+engine.server, engine.url, engine.model, engine.held, engine.met, engine.at_once = Server(f"http://127.0.0.1:{server.server_port}", 30.0), "x", None, None, True, 8
+engine.ask([Ask((1,), (1,), None, {})] * 3)
+"""
+
+
+def test_a_signal_does_not_wait_for_answers_under_way():
+    running = subprocess.Popen([sys.executable, "-W", "ignore", "-c", SIGNAL], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        running.stdout.readline()
+        began = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=25)[1]
+    finally: running.kill()
+    assert "KeyboardInterrupt" in said and time.monotonic() - began < 15
+
+
+def test_work_in_threads_is_in_order_and_ends_with_the_first_failure():
+    each, begun = emo_r3.vllm_sampler._each, []
+    def work(i): return (begun.append(i), time.sleep(0.02 * (3 - i % 3)), i * i)[-1]
+    assert each(work, range(9), 4) == [i * i for i in range(9)] and each(work, [], 4) == []
+    def failing(i): return begun.append(i) or 1 // (i - 2)
+    del begun[:]
+    with pytest.raises(ZeroDivisionError): each(failing, range(10_000), 1)
+    time.sleep(0.1)
+    assert begun == [0, 1, 2]
+
+
+def test_an_adapter_goes_over_in_the_server_s_precision(processor, asked, tmp_path):
+    "Half the bytes for a server in half precision, and to the bit what it rounds to itself."
+    policy, size, state = policy_of("lora"), {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        server = Server(StandIn(policy, processor), dtype=dtype)
+        engine = ServedEngine({"url": server.url, "folder": str(tmp_path / str(dtype))})
+        engine.take(policy)
+        (file,) = (tmp_path / str(dtype)).rglob("adapter_model.safetensors")
+        size[dtype], state[dtype] = file.stat().st_size, load_file(file)
+        server.shutdown()
+    full, half = state.values()
+    assert full.keys() == half.keys() and all(w.dtype == torch.float32 and half[n].dtype == torch.bfloat16 and torch.equal(half[n], w.bfloat16()) for n, w in full.items())
+    assert 0.45 < size[torch.bfloat16] / size[torch.float32] < 0.65
+
+
+@pytest.mark.parametrize("how", ["gone", "forgotten"])
+def test_a_server_that_is_gone_does_not_hide_what_a_run_ended_with(processor, tmp_path, capsys, how):
+    policy = policy_of("lora")
+    server = Server(StandIn(policy, processor))
+    engine = ServedEngine({"url": server.url, "folder": str(tmp_path)})
+    engine.take(policy)
+    if how == "gone": server.shutdown(), server.server_close()
+    else: server.refuses = ("/v1/unload_lora_adapter",)
+    capsys.readouterr()
+    with pytest.raises(ZeroDivisionError):
+        try: 1 / 0
+        finally: engine.close()
+    note = capsys.readouterr().err
+    assert note.startswith("emo-r3: note: the adapter policy-") and note.count("\n") == 1 and ("cannot be reached" if how == "gone" else "answered 404") in note and list(tmp_path.iterdir()) == []
+    engine.close()  # nothing is left to do
+    assert capsys.readouterr().err == ""
+    server.shutdown() if how == "forgotten" else None
+
+
+def test_two_runs_with_a_server_each_share_a_folder(policy, processor, asked, tmp_path, monkeypatch):
+    "The second one hands over while the first is writing: neither touches the other's."
+    servers = [Server(StandIn(policy, processor)) for _ in range(2)]
+    other = load_policy()
+    change(other, 0.02)
+    first, second = (make_sampler("vllm_server", {"url": s.url, "folder": str(tmp_path)}, p, processor) for s, p in zip(servers, (policy, other)))
+    real, nested = save_file, []
+    def writing(sent, file, metadata):
+        if not nested:
+            nested.append(file)
+            second.sample(asked, 1, 2, 1.0, seed=0)
+        return real(sent, file, metadata)
+    monkeypatch.setattr(emo_r3.vllm_sampler, "save_file", writing)
+    ours = first.sample(asked, 1, 8, 1.0, seed=0)
+    with torch.no_grad(): assert ((completion_logps(policy, *ours.rows(torch.arange(3)), 1.0) - ours.logps).abs() * ours.completion_mask).max() < 1e-5
+    second.sample(asked, 1, 2, 1.0, seed=0)
+    assert len(nested) == 1 and list(tmp_path.iterdir()) == []
+    for s in servers: s.shutdown()
 
 
 @pytest.mark.parametrize("answer", [{}, {"prompt_token_ids": [1]}, {"prompt_token_ids": [1], "choices": [{"index": 0, "token_ids": [1]}]}, {"prompt_token_ids": [1], "choices": [3]}, [1], {"prompt_token_ids": None, "choices": []}])
@@ -501,18 +668,20 @@ def test_a_server_that_was_started_anew_is_noticed(policy, processor, asked, tmp
 
 
 def test_a_resumed_run_takes_its_server_and_folder_over(policy, processor, asked, tmp_path):
-    "After a crash while it wrote: what was left is no obstacle, and does not stay."
+    "After a crash while it wrote: what was left is no obstacle, and goes when it is a day old, by the disk's clock; what is younger may be another run's."
     server, folder = Server(StandIn(policy, processor)), tmp_path / "shared"
     options = {"url": server.url, "folder": str(folder)}
     make_sampler("vllm_server", options, policy, processor).sample(asked, 1, 2, 1.0, seed=0)
-    for left in ("emo_r3_weights", ".emo_r3_weights.partial-1"):
-        (folder / left).mkdir()
-        save_file({"half": torch.zeros(3)}, folder / left / "model.safetensors", {"weights": "of the one that crashed"})
+    (folder / "mine").mkdir()
+    for left, age in (("emo_r3_weights-a-1", 2), (".emo_r3_weights-b-1.partial-1", 2), (".emo_r3_weights-c-7.partial-1", 0.5), ("emo_r3_weights-d-7", 0.5), ("mine", 9)):
+        (folder / left).mkdir(exist_ok=True)
+        save_file({"half": torch.zeros(3)}, file := folder / left / "model.safetensors", {"weights": "of another"})
+        for path in (file, file.parent): os.utime(path, (time.time() - age * ABANDONED_S,) * 2)
     change(policy)
     again = make_sampler("vllm_server", options, policy, processor)
     r = again.sample(asked, 1, 8, 1.0, seed=0)
     with torch.no_grad(): assert ((completion_logps(policy, *r.rows(torch.arange(3)), 1.0) - r.logps).abs() * r.completion_mask).max() < 1e-5
-    assert list(folder.iterdir()) == []
+    assert sorted(left.name for left in folder.iterdir()) == [".emo_r3_weights-c-7.partial-1", "emo_r3_weights-d-7", "mine"]
     server.shutdown()
 
 
@@ -539,7 +708,7 @@ def test_what_lies_in_the_folder_can_be_read_by_a_server_of_another_user(process
     server, modes = Server(StandIn(policy, processor)), []
     engine = ServedEngine({"url": server.url, "folder": str(tmp_path)})
     real = engine.call
-    engine.call = lambda path, body=None: (modes.extend((p.name, p.stat().st_mode & 0o044) for p in tmp_path.rglob("*.safetensors")), real(path, body))[1]
+    engine.call = lambda path, body=None, again=False: (modes.extend((p.name, p.stat().st_mode & 0o044) for p in tmp_path.rglob("*.safetensors")), real(path, body, again))[1]
     engine.take(policy)
     assert {name for name, _ in modes} == {"model.safetensors", "adapter_model.safetensors"} and all(mode == 0o044 for _, mode in modes)
     engine.close()

@@ -2,7 +2,9 @@
 import base64
 import io
 import json
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -13,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
+import emo_r3.wire
 from emo_r3.scenes import make_scenes
 from emo_r3.data import is_address
 from emo_r3.wire import NoAnswer, Server, data_url, in_a_line
@@ -96,6 +99,67 @@ def test_an_answer_s_time_is_bounded_also_that_of_a_refusal(code, drip):
         assert time.monotonic() - began < 4 and error.passing  # a drip of 100,000 would take more than an hour
         if not (drip and code == 500): assert str(error) == "no answer within judge_timeout_s = 0.4"
         over.set()
+
+
+@pytest.mark.parametrize("begin", [b"", b"HTTP/1.1 2", b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 503 Busy\r\nA: b\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;"])
+def test_the_time_is_that_of_status_and_headers_too(begin):
+    "One byte now and then, each well within the limit."
+    over = threading.Event()
+    def handle(h):
+        h.wfile.write(begin)
+        while not over.wait(0.05): h.wfile.write(b"1")
+    with server_of(handle, timeout_s=0.5) as server:
+        began = time.monotonic()
+        assert str(error := refused(server)) == "no answer within timeout_s = 0.5" and error.passing
+        assert time.monotonic() - began < 1.5  # 65,536 bytes of a line would take most of an hour
+        over.set()
+
+
+def encrypted(tmp_path, monkeypatch):
+    "A key and a certificate of this machine's own, that is believed."
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", key, "-out", certificate, "-days", "1", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    emo_r3.wire._trust.cache_clear()
+    return context
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl, for a certificate")
+def test_the_time_is_bounded_over_tls_too_whichever_way_it_drips(tmp_path, monkeypatch):
+    context, over = encrypted(tmp_path, monkeypatch), threading.Event()
+    def answer(client):
+        try:
+            client = context.wrap_socket(client, server_side=True)
+            path = client.recv(2**16).split()[1]
+            if path == b"/kind": client.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            if path == b"/slow": client.sendall(b"HTTP/1.1 200 OK\r\nA: ")
+            while path != b"/kind" and not over.wait(0.05): client.sendall(b"a") if path == b"/slow" else client.recv(100)  # one that takes what it is asked a little at a time
+            client.close()
+        except OSError: pass
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)), s.listen()
+        threading.Thread(target=lambda: [threading.Thread(target=answer, args=(s.accept()[0],), daemon=True).start() for _ in range(4)], daemon=True).start()
+        server = Server(f"https://127.0.0.1:{s.getsockname()[1]}", 1.0)
+        assert server.ask("/kind") == b"ok"
+        for path, body in (("/slow", None), ("/deaf", {"a": "x" * 10_000_000})):
+            began = time.monotonic()
+            with pytest.raises(NoAnswer, match="no answer within timeout_s = 1"): server.ask(path, body)
+            assert time.monotonic() - began < 3
+        over.set()
+        emo_r3.wire._trust.cache_clear(), monkeypatch.delenv("SSL_CERT_FILE")
+        with pytest.raises(NoAnswer, match="CERTIFICATE_VERIFY_FAILED|certificate verify failed"): server.ask("/kind")  # a stranger's word is not taken
+    emo_r3.wire._trust.cache_clear()
+
+
+@pytest.mark.parametrize("value", ["Bearer sk-secret\n", "Bearer sk-\r\nX: secret", "Bearer sk-secret\u20ac", "sk-secret\x00"])
+def test_a_header_that_cannot_be_sent_is_named_without_its_value(value):
+    came = []
+    with server_of(lambda h: (came.append(h.path), h.begin(200))) as server, pytest.raises(NoAnswer, match="the header Authorization has a line break or another character") as caught: server.ask("/", {}, {"Authorization": value})
+    assert came == [] and not caught.value.passing and "secret" not in str(caught.value)
+    error = caught.value
+    while error: error = (print(repr(error)), error.__cause__ or error.__context__)[1] if "secret" not in repr(error) + str(getattr(error, "object", "")) else pytest.fail("the value stands in the traceback")
 
 
 @pytest.mark.parametrize("headers, body", [([("Content-Length", "1000")], b'{"a": 1'), ([("Transfer-Encoding", "chunked")], b"ffff\r\nonly this")])
