@@ -32,7 +32,7 @@ from flops import forward_cost, sampling_cost, step_cost, update_cost
 
 from emo_r3.cost import Shape, known_gpu
 from emo_r3.parsing import parse_set
-from emo_r3.plan import LIMITS, Assumptions, known_gpu, memory_of, phases_of, recorded_run
+from emo_r3.plan import LIMITS, Assumptions, memory_of, phases_of, recorded_run
 from emo_r3.policy import EMBEDDED_POLICY
 from emo_r3.reflection import reflect
 from emo_r3.scenes import BOOK_COMPLETIONS

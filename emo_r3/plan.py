@@ -58,7 +58,8 @@ def _embedded_config() -> dict: return json.loads((EMBEDDED_POLICY / "config.jso
 def model_config(policy: str, # 'embedded', a folder, or a hub id
                 ) -> ModelConfig:
     "Returns a policy's configuration without downloading anything; raises ValueError for a hub id whose shape is not known here."
-    if policy in MODELS or policy == "embedded": return ModelConfig.of(MODELS[policy] if policy in MODELS else _embedded_config())
+    if policy == "embedded": return ModelConfig.of(_embedded_config())
+    if policy in MODELS: return ModelConfig.of(MODELS[policy])
     if (Path(policy).is_absolute() or policy.startswith((".", "~"))) and not Path(policy).is_dir(): raise FileNotFoundError(f"policy {policy!r}: no such folder; allowed: embedded, {', '.join(MODELS)}, or a folder with config.json")
     from huggingface_hub import try_to_load_from_cache  # what is not ours may be written in an older form, which transformers reads, and takes its time to load
     from transformers import Qwen2_5_VLConfig

@@ -489,10 +489,10 @@ def test_advice_for_want_of_memory_is_by_what_is_asked(folder, capsys, monkeypat
     assert "--max-pixels" in advised("predict", "ghost.png") and "end what else runs" in advised("report", ".")
 
 
-def test_what_an_engine_says_is_one_line(capsys, monkeypatch):
+def test_what_an_engine_says_is_one_line(capsys, monkeypatch, tmp_path):
     def fails(*given, **named): raise EngineError("server http://127.0.0.1:9: cannot be reached")
     monkeypatch.setattr("emo_r3.train.run_sampler", fails)
-    assert cli.main(["train", "scenes_cpu", "--max-steps", "1", "--train-size", "64", "--sampler", "vllm_server", "--vllm", '{"url": "http://127.0.0.1:9", "folder": "/tmp"}', "--output-dir", "/tmp/never"]) == 2
+    assert cli.main(["train", "scenes_cpu", "--max-steps", "1", "--train-size", "64", "--sampler", "vllm_server", "--vllm", json.dumps({"url": "http://127.0.0.1:9", "folder": str(tmp_path)}), "--output-dir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "emo-r3: error: server http://127.0.0.1:9: cannot be reached"
 
 
